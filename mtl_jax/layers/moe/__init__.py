@@ -1,0 +1,5 @@
+"""The sparse mixture-of-experts layer: router, dispatch, experts, losses."""
+
+from mtl_jax.layers.moe.layer import MoE
+
+__all__ = ["MoE"]

@@ -1,0 +1,65 @@
+"""Multi-head self-attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+class SelfAttention(nn.Module):
+    """Scaled dot-product attention of a sequence to itself (Vaswani et al., 2017).
+
+    Query, key and value have their own projections with biases; there is neither
+    normalisation nor residual inside.
+
+    Attributes:
+      num_heads: Number of heads; it must divide the width of the input.
+      dtype: Dtype of the computation and the output; parameters are float32.
+    """
+
+    num_heads: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens width"]
+    ) -> Float[Array, "batch tokens width"]:
+        """Lets every token attend to all tokens of its sequence.
+
+        Raises:
+          ValueError: If ``num_heads`` does not divide the width.
+        """
+        width = x.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide the width {width}; "
+                "choose a divisor of the width."
+            )
+        kernel_init = nn.initializers.xavier_uniform()
+        zeros = nn.initializers.zeros
+        project = functools.partial(
+            nn.DenseGeneral,
+            features=(self.num_heads, width // self.num_heads),
+            dtype=self.dtype,
+            kernel_init=nn.with_logical_partitioning(
+                kernel_init, ("embed", "heads", "kv")
+            ),
+            bias_init=nn.with_logical_partitioning(zeros, ("heads", "kv")),
+        )
+        attended = jax.nn.dot_product_attention(
+            project(name="query")(x), project(name="key")(x), project(name="value")(x)
+        )
+        merge = nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=nn.with_logical_partitioning(
+                kernel_init, ("heads", "kv", "embed")
+            ),
+            bias_init=nn.with_logical_partitioning(zeros, ("embed",)),
+            name="output",
+        )
+        return merge(attended)

@@ -1,0 +1,133 @@
+"""Expert parallelism: each device routes its own tokens, then sends them to experts.
+
+Everything here is the identity of the arrays as a whole and only moves their shards,
+so a layer written with it computes the same on any mesh, and on none.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jaxtyping import Array, Float
+
+BATCH_AXES = ("data", "fsdp", "expert")
+"""Mesh axes over which routing groups are split."""
+
+EXPERT_AXIS = "expert"
+"""Mesh axis over which experts are split."""
+
+
+def _axis_sizes() -> dict[str, int]:
+    """Sizes of the mesh axes that hold different examples and that we may use.
+
+    An axis that is manual already (inside ``jax.shard_map`` or ``jax.pmap``) is not
+    ours to map again: the code runs on that device's part alone.
+    """
+    mesh: AbstractMesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {
+        axis: mesh.shape[axis]
+        for axis in BATCH_AXES
+        if axis in types and types[axis] is not AxisType.Manual and mesh.shape[axis] > 1
+    }
+
+
+def _shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any):
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+
+
+def check_divisible(*, num_groups: int, num_experts: int) -> None:
+    """Checks that the mesh now set can split routing groups and experts.
+
+    Args:
+      num_groups: Routing groups in the whole batch.
+      num_experts: Number of experts.
+
+    Raises:
+      ValueError: If either does not divide; the message names the sizes.
+    """
+    sizes = _axis_sizes()
+    parts = math.prod(sizes.values())
+    if num_groups % parts:
+        raise ValueError(
+            f"the batch has {num_groups} routing groups, which do not divide over "
+            f"mesh axes {sizes} with {parts} devices; make batch / group_size a "
+            f"multiple of {parts}."
+        )
+    expert = sizes.get(EXPERT_AXIS, 1)
+    if num_experts % expert:
+        raise ValueError(
+            f"num_experts={num_experts} does not divide over mesh axis "
+            f"{EXPERT_AXIS!r} of size {expert}; choose a multiple of {expert}."
+        )
+
+
+def map_groups(
+    function: Callable[..., Any], *, in_axes: tuple[Any, ...], out_axes: Any
+) -> Callable[..., Any]:
+    """Runs a function on every device's own routing groups.
+
+    Left to itself, the partitioner gathers all tokens on every device for a top-k or
+    for a gather by computed indices. The function must treat groups independently.
+
+    Args:
+      function: Takes arrays, returns a pytree of arrays.
+      in_axes: For each argument, the axis along which groups lie; for an argument
+        that is a pytree, a prefix of it, as for ``jax.vmap``.
+      out_axes: The same for the output.
+
+    Returns:
+      A function of the whole arrays. It is ``function`` itself where the mesh now set
+      does not split groups.
+    """
+    axes = tuple(_axis_sizes())
+    if not axes:
+        return function
+
+    def along(axis: int) -> PartitionSpec:
+        return PartitionSpec(*(None,) * axis, axes)
+
+    return _shard_map(
+        function,
+        in_specs=jax.tree.map(along, in_axes),
+        out_specs=jax.tree.map(along, out_axes),
+    )
+
+
+def exchange(
+    buffers: Float[Array, "experts groups capacity width"],
+) -> Float[Array, "experts groups capacity width"]:
+    """Sends every expert's buffers to the device that holds the expert.
+
+    One ``all_to_all`` over mesh axis ``expert``: from groups split over all batch axes
+    and experts whole, to experts split over ``expert`` and groups over the rest. Its
+    transpose is ``exchange_back``.
+    """
+    return _swap(buffers, to_experts=True)
+
+
+def exchange_back(
+    buffers: Float[Array, "experts groups capacity width"],
+) -> Float[Array, "experts groups capacity width"]:
+    """Sends experts' outputs back to the devices of their tokens."""
+    return _swap(buffers, to_experts=False)
+
+
+def _swap(buffers: Array, *, to_experts: bool) -> Array:
+    axes = tuple(_axis_sizes())
+    if EXPERT_AXIS not in axes:
+        return buffers
+    rest = tuple(axis for axis in axes if axis != EXPERT_AXIS)
+    by_group = PartitionSpec(None, axes)
+    by_expert = PartitionSpec(EXPERT_AXIS, rest)
+    split, concatenate = (0, 1) if to_experts else (1, 0)
+
+    def all_to_all(shard: Array) -> Array:
+        return jax.lax.all_to_all(shard, EXPERT_AXIS, split, concatenate, tiled=True)
+
+    specs = (by_group, by_expert) if to_experts else (by_expert, by_group)
+    return _shard_map(all_to_all, in_specs=specs[0], out_specs=specs[1])(buffers)
