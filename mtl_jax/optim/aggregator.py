@@ -53,7 +53,7 @@ def gramian(task_gradients: PyTree) -> Float[Array, "tasks tasks"]:
         raise ValueError(
             "task_gradients has no leaves; pass a tree of arrays [num_tasks, *shape]."
         )
-    dtype = _accumulation_dtype(task_gradients)
+    dtype = accumulation_dtype(task_gradients)
     return functools.reduce(
         jnp.add, (_leaf_gramian(leaf).astype(dtype) for leaf in leaves)
     )
@@ -74,7 +74,7 @@ def weighted_sum(
     """
 
     def combine(leaf: Array) -> Array:
-        dtype = _accumulation_dtype(leaf)
+        dtype = accumulation_dtype(leaf)
         scale = weights.astype(dtype).reshape((-1,) + (1,) * (leaf.ndim - 1))
         return jnp.sum(scale * leaf.astype(dtype), axis=0).astype(leaf.dtype)
 
@@ -116,6 +116,12 @@ def conflict_rate(
     pairs = jnp.triu(active[:, None] & active[None, :], k=1)
     conflicts = jnp.sum(pairs & (gramian < 0)).astype(gramian.dtype)
     return conflicts / jnp.maximum(jnp.sum(pairs), 1).astype(gramian.dtype)
+
+
+def accumulation_dtype(tree: PyTree) -> jnp.dtype:
+    """The type to add up in: float64 if any leaf is float64, float32 otherwise."""
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(tree)}
+    return jnp.dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
 
 
 def unit_rows(
@@ -176,7 +182,7 @@ def from_weights(
 
     def init(params: optax.Params) -> AggregatorState:
         return AggregatorState(
-            weights=jnp.zeros(num_tasks, _accumulation_dtype(params)),
+            weights=jnp.zeros(num_tasks, accumulation_dtype(params)),
             key=None if seed is None else jax.random.key(seed),
         )
 
@@ -264,11 +270,6 @@ def _all_active(gramian: Float[Array, "tasks tasks"]) -> Bool[Array, " tasks"]:
     return jnp.ones(gramian.shape[0], bool)
 
 
-def _accumulation_dtype(tree: PyTree) -> jnp.dtype:
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(tree)}
-    return jnp.dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
-
-
 def _leaf_gramian(leaf: Array) -> Float[Array, "tasks tasks"]:
     axes = tuple(range(1, leaf.ndim))
     # The default precision multiplies in bfloat16 on a TPU and in TF32 on some GPUs.
@@ -277,7 +278,7 @@ def _leaf_gramian(leaf: Array) -> Float[Array, "tasks tasks"]:
         leaf,
         dimension_numbers=((axes, axes), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=_accumulation_dtype(leaf),
+        preferred_element_type=accumulation_dtype(leaf),
     )
 
 

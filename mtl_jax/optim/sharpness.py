@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from mtl_jax.optim.aggregator import accumulation_dtype
+
 ValueAndGradient = Callable[..., tuple[Any, PyTree]]
 
 
@@ -67,7 +69,7 @@ def sharpness_aware(
 
 def _move_uphill(params: PyTree, gradient: PyTree, rho: float, adaptive: bool):
     def widen(leaf: Array) -> Array:
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return leaf.astype(accumulation_dtype(leaf))
 
     wide = jax.tree.map(widen, params)
     direction = jax.tree.map(widen, gradient)
