@@ -36,4 +36,6 @@ class Mlp(nn.Module):
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
             name="down",
         )
-        return down(jax.nn.gelu(up(x)))
+        # The CPU multiplies matrices a quarter faster than arrays of more axes.
+        rows = x.reshape(-1, x.shape[-1])
+        return down(jax.nn.gelu(up(rows))).reshape(x.shape)

@@ -13,17 +13,20 @@ from jaxtyping import Array, Float, Int
 
 
 class Slots(NamedTuple):
-    """Where a group's assignments go, and the inverse.
+    """Where assignments go, and the inverse.
+
+    Indices run over all the groups that were assigned together, so they mean
+    something only to ``dispatch`` and ``combine`` of the same groups.
 
     Attributes:
-      slot: The slot of each assignment, ``expert · capacity + position``;
-        ``experts · capacity`` where it was dropped.
-      assignment: The assignment in each slot, ``token · selected + choice``;
-        ``tokens · selected`` where the slot is empty.
+      slot: Row of the flattened buffers ``[experts groups capacity]`` for each
+        assignment, -1 where it was dropped.
+      assignment: Flattened ``[groups tokens selected]`` assignment in each slot, -1
+        where the slot is empty.
     """
 
     slot: Int[Array, "groups tokens selected"]
-    assignment: Int[Array, "groups slots"]
+    assignment: Int[Array, "groups experts capacity"]
 
 
 def slots_per_expert(
@@ -69,25 +72,28 @@ def assign_slots(
       The slots; assignments that find none are dropped.
     """
     num_groups, num_tokens, num_selected = expert_index.shape
-    num_slots, num_assignments = num_experts * capacity, num_tokens * num_selected
-    by_choice = expert_index.swapaxes(1, 2).reshape(num_groups, num_assignments)
+    by_choice = expert_index.swapaxes(1, 2).reshape(num_groups, -1)
     chosen = jax.nn.one_hot(by_choice, num_experts, dtype=jnp.int32)
     earlier = jnp.cumsum(chosen, axis=1) - chosen
     position = jnp.sum(earlier * chosen, axis=-1)
     position = position.reshape(num_groups, num_selected, num_tokens).swapaxes(1, 2)
-    slot = jnp.where(position < capacity, expert_index * capacity + position, num_slots)
 
-    def invert(slot: Int[Array, " assignments"]) -> Int[Array, " slots"]:
-        empty = jnp.full(num_slots, num_assignments, slot.dtype)
-        everyone = jnp.arange(num_assignments, dtype=slot.dtype)
-        return empty.at[slot].set(everyone, mode="drop")
+    group = jax.lax.broadcasted_iota(jnp.int32, expert_index.shape, 0)
+    slot = (expert_index * num_groups + group) * capacity + position
+    slot = jnp.where(position < capacity, slot, -1)
 
-    assignment = jax.vmap(invert)(slot.reshape(num_groups, num_assignments))
-    return Slots(slot, assignment)
+    shape = (num_experts, num_groups, capacity)
+    assignment = jnp.full(math.prod(shape), -1, slot.dtype)
+    assignment = assignment.at[slot.reshape(-1)].set(
+        jnp.arange(slot.size, dtype=slot.dtype),
+        mode="drop",
+        wrap_negative_indices=False,
+    )
+    return Slots(slot, assignment.reshape(shape).swapaxes(0, 1))
 
 
 def _gather(rows: Array, index: Array) -> Array:
-    return rows.at[index].get(mode="fill", fill_value=0)
+    return rows.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 @jax.custom_vjp
@@ -96,16 +102,16 @@ def take_rows(
     index: Int[Array, " taken"],
     inverse: Int[Array, "rows uses"],
 ) -> Float[Array, "taken width"]:
-    """Rows by index, zero where the index is out of range.
+    """Rows by index, zero where the index is -1.
 
     The gradient with respect to ``rows`` is a gather too, by ``inverse``, where
     automatic differentiation would scatter.
 
     Args:
       rows: Rows to take from.
-      index: Row to take for each row of the output; too large an index gives zeros.
-      inverse: The rows of the output that each row was taken for; too large an index
-        where there are fewer of them.
+      index: Row to take for each row of the output.
+      inverse: The rows of the output that each row was taken for, -1 where there are
+        fewer of them.
     """
     del inverse
     return _gather(rows, index)
@@ -123,13 +129,17 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 def dispatch(
-    tokens: Float[Array, "groups tokens width"], slots: Slots, num_experts: int
+    tokens: Float[Array, "groups tokens width"], slots: Slots
 ) -> Float[Array, "experts groups capacity width"]:
     """Copies tokens into the buffers of their experts; empty slots are zero."""
-    num_groups, _, width = tokens.shape
-    token = slots.assignment // slots.slot.shape[-1]
-    buffers = jax.vmap(take_rows)(tokens, token, slots.slot)
-    return buffers.reshape(num_groups, num_experts, -1, width).swapaxes(0, 1)
+    width, num_selected = tokens.shape[-1], slots.slot.shape[-1]
+    assignment = slots.assignment.swapaxes(0, 1)
+    buffers = take_rows(
+        tokens.reshape(-1, width),
+        assignment.reshape(-1) // num_selected,
+        slots.slot.reshape(-1, num_selected),
+    )
+    return buffers.reshape(*assignment.shape, width)
 
 
 def combine(
@@ -138,12 +148,11 @@ def combine(
     slots: Slots,
 ) -> Float[Array, "groups tokens width"]:
     """Adds up the outputs of each token's experts by weight; dropped ones add zero."""
-    num_groups, num_tokens, num_selected = weight.shape
     width = buffers.shape[-1]
-    taken = jax.vmap(take_rows)(
-        buffers.swapaxes(0, 1).reshape(num_groups, -1, width),
-        slots.slot.reshape(num_groups, -1),
-        slots.assignment[..., None],
+    outputs = take_rows(
+        buffers.reshape(-1, width),
+        slots.slot.reshape(-1),
+        slots.assignment.swapaxes(0, 1).reshape(-1, 1),
     )
-    taken = taken.reshape(num_groups, num_tokens, num_selected, width)
-    return jnp.sum(taken * weight[..., None].astype(taken.dtype), axis=2)
+    outputs = outputs.reshape(*weight.shape, width)
+    return jnp.sum(outputs * weight[..., None].astype(outputs.dtype), axis=2)

@@ -118,7 +118,7 @@ class MoE(nn.Module):
             slots = dispatch.assign_slots(
                 routing.expert_index, self.num_experts, capacity
             )
-            buffers = dispatch.dispatch(tokens, slots, self.num_experts)
+            buffers = dispatch.dispatch(tokens, slots)
             return buffers, routing, slots
 
         inputs = (groups, logits) if noise is None else (groups, logits, noise)
@@ -151,12 +151,11 @@ class MoE(nn.Module):
         kernel = self.param("router", nn.with_logical_partitioning(init, names), shape)
         if self.num_tasks is not None:
             kernel = jax.lax.dynamic_index_in_dim(kernel, task, keepdims=False)
-        return jnp.einsum(
-            "gsd,de->gse",
-            groups.astype(jnp.float32),
-            kernel,
-            precision=jax.lax.Precision.HIGHEST,
+        rows = groups.reshape(-1, groups.shape[-1]).astype(jnp.float32)
+        logits = jnp.einsum(
+            "nd,de->ne", rows, kernel, precision=jax.lax.Precision.HIGHEST
         )
+        return logits.reshape(*groups.shape[:2], self.num_experts)
 
     def _check(self, batch: int, task: Array | int | None) -> None:
         if batch % self.group_size:
@@ -184,7 +183,7 @@ class MoE(nn.Module):
         if self.is_initializing():
             return
         load = jnp.mean(routing.load, axis=0)
-        kept = slots.slot < slots.assignment.shape[-1]
+        kept = slots.slot >= 0
         importance_loss = jnp.mean(routing.importance_loss)
         load_loss = jnp.mean(routing.load_loss)
         statistics = {
