@@ -1,0 +1,150 @@
+"""Seven tasks on three data sets with one mixture-of-experts vision transformer.
+
+Earth (satellite tiles with surface, climate, elevation and slope), digits, and pairs
+of overlapping digits; each data set is labelled for its own tasks alone.
+"""
+
+import functools
+
+import fiddle as fdl
+
+from mtl_jax import optim
+from mtl_jax.data import Component, Mixture, dihedral, random_shift
+from mtl_jax.data.sources import Digits, Earth, MultiDigits
+from mtl_jax.layers.heads import Classification, DensePrediction
+from mtl_jax.layers.moe import MoE
+from mtl_jax.models import VisionTransformer
+from mtl_jax.tasks import (
+    Task,
+    accuracy,
+    huber,
+    mean_absolute_error,
+    mean_iou,
+    r2,
+    softmax_cross_entropy,
+)
+from mtl_jax.train import Experiment, MeshShape, adamw
+
+PATCH_SIZE = 4
+WIDTH = 96
+
+TASKS = {
+    "earth": ("surface", "climate", "elevation", "log_slope"),
+    "digits": ("digit",),
+    "multi_digits": ("left", "right"),
+}
+
+
+def _dense_classes(name: str, num_classes: int) -> fdl.Config:
+    return fdl.Config(
+        Task,
+        name=name,
+        head=fdl.Config(
+            DensePrediction, patch_size=PATCH_SIZE, num_classes=num_classes
+        ),
+        loss=softmax_cross_entropy,
+        metrics=(fdl.Config(accuracy), fdl.Config(mean_iou)),
+    )
+
+
+def _dense_values(name: str) -> fdl.Config:
+    return fdl.Config(
+        Task,
+        name=name,
+        head=fdl.Config(DensePrediction, patch_size=PATCH_SIZE),
+        loss=huber,
+        metrics=(fdl.Config(r2), fdl.Config(mean_absolute_error)),
+    )
+
+
+def _digit(name: str) -> fdl.Config:
+    return fdl.Config(
+        Task,
+        name=name,
+        head=fdl.Config(Classification, num_classes=10),
+        loss=softmax_cross_entropy,
+        metrics=(fdl.Config(accuracy),),
+    )
+
+
+def main() -> fdl.Config:
+    """The main job: a router a task over shared experts, plain sum of gradients."""
+    tasks = (
+        _dense_classes("surface", 2),
+        _dense_classes("climate", 5),
+        _dense_values("elevation"),
+        _dense_values("log_slope"),
+        _digit("digit"),
+        _digit("left"),
+        _digit("right"),
+    )
+    return fdl.Config(
+        Experiment,
+        tasks=tasks,
+        mixture=fdl.Config(
+            Mixture,
+            components={
+                "earth": fdl.Config(
+                    Component,
+                    train=fdl.Config(Earth, split="train"),
+                    test=fdl.Config(Earth, split="test"),
+                    tasks=TASKS["earth"],
+                    augment=dihedral,
+                ),
+                "digits": fdl.Config(
+                    Component,
+                    train=fdl.Config(Digits, split="train"),
+                    test=fdl.Config(Digits, split="test"),
+                    tasks=TASKS["digits"],
+                    augment=fdl.Partial(random_shift, max_shift=2),
+                ),
+                "multi_digits": fdl.Config(
+                    Component,
+                    train=fdl.Config(MultiDigits, split="train"),
+                    test=fdl.Config(MultiDigits, split="test"),
+                    tasks=TASKS["multi_digits"],
+                ),
+            },
+            batch_size=96,
+        ),
+        trunk=fdl.Config(
+            VisionTransformer,
+            width=WIDTH,
+            depth=4,
+            num_heads=3,
+            patch_size=PATCH_SIZE,
+            moe=fdl.Partial(
+                MoE,
+                num_experts=8,
+                num_selected=2,
+                expert_hidden=2 * WIDTH,
+                group_size=4,
+            ),
+            num_tasks=len(tasks),
+        ),
+        aggregator=fdl.Partial(optim.sum),
+        optimizer=fdl.Partial(adamw, learning_rate=2e-3),
+        num_steps=700,
+        mesh=fdl.Config(MeshShape, data=-1, expert=4),
+        evaluate_every=100,
+        checkpoint_every=100,
+        log_every=5,
+        evaluation_batch_size=64,
+        evaluation_examples=256,
+    )
+
+
+VARIANTS = {"main": main}
+
+
+def smoke(config: fdl.Config) -> None:
+    """Shrinks a config of this file to a few small steps."""
+    config.num_steps = 4
+    config.evaluate_every = config.checkpoint_every = 2
+    config.log_every = 1
+    config.evaluation_batch_size = 32
+    config.evaluation_examples = 32
+    config.trunk.width = 24
+    config.trunk.depth = 2
+    if config.trunk.moe is not None:
+        config.trunk.moe.expert_hidden = 48

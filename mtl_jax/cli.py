@@ -1,0 +1,212 @@
+"""The command line: ``mtl-jax train|eval|show|compare|report``."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from mtl_jax.report import (
+    comparison_table,
+    results_table,
+    write_comparison,
+    write_report,
+)
+
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0 on success, 2 for a user's mistake."""
+    options = _parser().parse_args(arguments)
+    options.command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mtl-jax", description="Multitask learning at scale in JAX."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a config, or continue its run")
+    _add_config_options(train)
+    train.add_argument("--workdir", type=Path, help="run folder (runs/CONFIG)")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint")
+    evaluate.add_argument("run", type=Path, metavar="DIR")
+    evaluate.add_argument("--step", type=int, help="checkpoint (the newest)")
+    evaluate.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let the run's saved config name symbols of this package",
+    )
+    _add_devices(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+    show = commands.add_parser("show", help="print a config and how it is sharded")
+    _add_config_options(show)
+    show.set_defaults(command=_show)
+
+    compare = commands.add_parser("compare", help="compare finished runs by delta-m")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="DIR")
+    compare.add_argument("--output", type=Path, default=Path("comparison.html"))
+    compare.set_defaults(command=_compare)
+
+    report = commands.add_parser("report", help="write a run's report.html again")
+    report.add_argument("run", type=Path, metavar="DIR")
+    report.add_argument(
+        "--baselines", type=Path, nargs="*", default=[], metavar="DIR",
+        help="single-task runs to compare with",
+    )
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="config[:variant] or a file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
+        help="set a field by its dotted path; may be repeated",
+    )
+    parser.add_argument("--smoke", action="store_true", help="shrink to seconds")
+    parser.add_argument("--seed", type=int, help="same as --set seed=SEED")
+    _add_devices(parser)
+
+
+def _add_devices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="pretend to have N CPU devices"
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    with _user_errors():
+        configuration, config = _load(options)
+        name = configuration.full_name(options.config)
+        document = configuration.to_document(config, name)
+        from mtl_jax import train
+
+        workdir = options.workdir or Path("runs") / name.replace(":", "-")
+        folder = train.RunFolder(workdir)
+        saved = folder.read_json("config.json")
+        if saved is not None:
+            changed = configuration.differences(saved, document)
+            if changed:
+                raise ValueError(
+                    f"{workdir} holds a run of another config; choose another "
+                    f"--workdir, or undo these differences: {'; '.join(changed)}"
+                )
+        result = folder.read_json("result.json")
+        if result is None:
+            experiment = configuration.build(config)
+            train.validate(experiment)
+            train.build_program(experiment)
+    if result is None:
+        folder.write_json("config.json", document)
+        result = train.train(experiment, folder, name)
+    else:
+        print(f"{workdir} holds a finished run; nothing to train.")
+    page = write_report(workdir)
+    print()
+    print(results_table(result))
+    print(f"\nreport: {page}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    with _user_errors():
+        _set_devices(options.devices)
+        from mtl_jax import configuration, train
+
+        if not (options.run / "config.json").is_file():
+            raise ValueError(f"{options.run} holds no run: it has no config.json")
+        folder = train.RunFolder(options.run)
+        document = folder.read_json("config.json") or {}
+        config = configuration.from_document(document, options.trust)
+        experiment = configuration.build(config)
+        train.validate(experiment)
+        step, tasks = train.evaluate_run(experiment, folder, options.step)
+    print(results_table({"tasks": tasks, "config": document["config"]}))
+    print(f"\ncheckpoint of step {step}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    with _user_errors():
+        configuration, config = _load(options)
+        document = configuration.to_document(config, options.config)
+        from mtl_jax import sharding, train
+        from mtl_jax.train.program import count_parameters
+
+        experiment = configuration.build(config)
+        train.validate(experiment)
+        program = train.build_program(experiment)
+    for path, value in document["fields"].items():
+        print(f"{path} = {value!r}")
+    total, active = count_parameters(program)
+    print(f"\n{total:,} parameters, {active:,} active for one task's example")
+    print(f"mesh {dict(program.mesh.shape)}\n")
+    rows = sharding.report(
+        program.abstract_state.params, program.mesh, experiment.rules
+    )
+    print(sharding.format_report(rows))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    with _user_errors():
+        table = comparison_table(options.runs)
+        page = write_comparison(options.runs, options.output)
+    print(table)
+    print(f"\npage: {page}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    with _user_errors():
+        page = write_report(options.run, options.baselines)
+    print(page)
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    _set_devices(options.devices)
+    from mtl_jax import configuration
+
+    config = configuration.load_config(options.config, smoke=options.smoke)
+    configuration.override(config, options.assignments)
+    if options.seed is not None:
+        config.seed = options.seed
+    return configuration, config
+
+
+def _set_devices(number: int | None) -> None:
+    """Makes JAX see ``number`` CPU devices; must come before JAX starts."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if number is None:
+        return
+    if number < 1:
+        raise ValueError(f"--devices is {number}; it must be at least 1")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turns what is wrong with the user's input into one line and status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
+        f"mtl-jax: error: {line}"
+    )
+    sys.exit(USER_ERROR)

@@ -1,0 +1,297 @@
+"""Configs: found by name, changed from the command line, saved as JSON.
+
+A config file is Python with a dict ``VARIANTS`` from variant names to functions that
+return a `fiddle.Config` of an `mtl_jax.train.Experiment` (the first one is the
+default), and a function ``smoke`` that shrinks such a config to a run of seconds.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+from fiddle import printing
+from fiddle.experimental import serialization
+
+TRUSTED_PACKAGES = ("mtl_jax", "optax", "flax", "jax", "fiddle", "builtins")
+"""Packages whose symbols a saved config may name without being told to."""
+
+_BUILTINS = ("tuple", "list", "dict", "NoneType")
+
+
+def config_folder() -> Path:
+    """The folder of the configs that ship with the project."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def known_configs() -> list[str]:
+    """Names of the configs that ship with the project."""
+    return sorted(
+        path.stem for path in config_folder().glob("*.py") if path.stem[0] != "_"
+    )
+
+
+def load_config(name: str, *, smoke: bool = False) -> fdl.Config:
+    """The config of a name.
+
+    Args:
+      name: ``config`` or ``config:variant``, where ``config`` is one that ships with
+        the project or the path of a Python file.
+      smoke: Whether to shrink it to a run of seconds.
+
+    Returns:
+      The config of an experiment.
+
+    Raises:
+      ValueError: If there is no such config or variant; the message lists the known.
+    """
+    stem, _, variant = name.partition(":")
+    path = Path(stem) if stem.endswith(".py") else config_folder() / f"{stem}.py"
+    if not path.is_file():
+        raise ValueError(
+            f"unknown config {stem!r}; the known ones are {', '.join(known_configs())}, "
+            "or give the path of a .py file"
+        )
+    specification = importlib.util.spec_from_file_location(
+        f"mtl_jax_config_{path.stem}", path
+    )
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    variants: Mapping[str, Any] = module.VARIANTS
+    variant = variant or next(iter(variants))
+    if variant not in variants:
+        raise ValueError(
+            f"config {stem!r} has no variant {variant!r}; its variants are "
+            f"{', '.join(variants)}"
+        )
+    config = variants[variant]()
+    if smoke:
+        module.smoke(config)
+    return config
+
+
+def full_name(name: str) -> str:
+    """The name of a config with its variant spelt out."""
+    stem, _, variant = name.partition(":")
+    return f"{Path(stem).stem}:{variant}" if variant else Path(stem).stem
+
+
+def build(config: fdl.Config) -> Any:
+    """The experiment of a config.
+
+    Raises:
+      ValueError: If a required field is missing or a constructor rejects its values.
+    """
+    try:
+        return fdl.build(config)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def override(config: fdl.Config, assignments: Sequence[str]) -> None:
+    """Sets fields of a config in place.
+
+    Args:
+      config: The config.
+      assignments: Strings ``path=value``. A path is dotted; an item of a sequence is
+        named by its index or its ``name``. A value is a Python literal or else a
+        string.
+
+    Raises:
+      ValueError: If a path or a value does not fit; the message names the nearest.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment!r} is not of the form path=value")
+        *parents, last = path.split(".")
+        node: Any = config
+        for depth, part in enumerate(parents):
+            node = _child(node, part, ".".join(parents[:depth]))
+        _assign(node, last, text, path)
+
+
+def _names(node: Any) -> list[str]:
+    if isinstance(node, fdl.Buildable):
+        function = fdl.get_callable(node)
+        parameters = inspect.signature(function).parameters
+        return [n for n in parameters if n not in ("parent", "name")] + (
+            ["name"] if "name" in parameters and not _is_module(function) else []
+        )
+    if isinstance(node, Mapping):
+        return list(node)
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [getattr(item, "name", str(i)) for i, item in enumerate(node)]
+    return []
+
+
+def _is_module(function: Any) -> bool:
+    return hasattr(function, "apply") and hasattr(function, "init")
+
+
+def _unknown(part: str, parent: str, names: Sequence[str]) -> ValueError:
+    nearest = difflib.get_close_matches(part, names, n=1, cutoff=0.0)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    where = f"{parent!r} has" if parent else "the config has"
+    return ValueError(f"{where} no field {part!r}{hint} Its fields: {', '.join(names)}")
+
+
+def _child(node: Any, part: str, parent: str) -> Any:
+    names = _names(node)
+    if part not in names:
+        raise _unknown(part, parent, names)
+    if isinstance(node, fdl.Buildable):
+        return getattr(node, part)
+    if isinstance(node, Mapping):
+        return node[part]
+    return node[names.index(part)]
+
+
+def _assign(node: Any, name: str, text: str, path: str) -> None:
+    names = _names(node)
+    if name not in names:
+        raise _unknown(name, path.rpartition(".")[0], names)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(node, Mapping):
+        expected = type(node[name])
+        typing.cast(dict, node)[name] = _checked(value, expected, path)
+    elif isinstance(node, fdl.Buildable):
+        hints = _hints(fdl.get_callable(node))
+        setattr(node, name, _checked(value, hints.get(name, Any), path))
+    else:
+        raise ValueError(f"{path} names an item of a sequence; set a field of it")
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    target = function.__init__ if not inspect.isclass(function) else function
+    try:
+        return typing.get_type_hints(
+            target if inspect.isclass(function) else function
+        )
+    except NameError:
+        return {}
+
+
+def _checked(value: Any, expected: Any, path: str) -> Any:
+    """``value`` as ``expected``, or an error."""
+    if _fits(value, expected):
+        return value
+    if _fits(1.0, expected) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    described = getattr(expected, "__name__", None) or str(expected)
+    if typing.get_origin(expected) is not None:
+        described = str(expected).replace("typing.", "")
+    raise ValueError(
+        f"{path} is {value!r} of type {type(value).__name__}; it must be {described}"
+    )
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    if expected is Any:
+        return True
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if expected in (None, type(None)):
+        return value is None
+    if origin is tuple or expected is tuple:
+        return isinstance(value, tuple)
+    if expected is bool or isinstance(value, bool):
+        return expected is bool and isinstance(value, bool)
+    if expected in (int, float, str):
+        return type(value) is expected
+    return False
+
+
+def to_document(config: fdl.Config, name: str) -> dict[str, Any]:
+    """A config as JSON: readable fields, and what rebuilds it exactly."""
+    resolved = fdl.materialize_defaults(config)
+    resolved = config if resolved is None else resolved
+    return {
+        "config": full_name(name),
+        "fields": {
+            path.replace("['", ".").replace("']", ""): _readable(value)
+            for path, value in printing.as_dict_flattened(resolved).items()
+        },
+        "fiddle": json.loads(serialization.dump_json(resolved)),
+    }
+
+
+def _readable(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_readable(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return repr(value)
+    name = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{name}" if name else repr(value)
+
+
+class _TrustedPackages(serialization.PyrefPolicy):
+    def __init__(self, packages: Sequence[str]):
+        self._packages = tuple(packages)
+
+    def allows_import(self, module: str, symbol: str) -> bool:
+        package = module.partition(".")[0]
+        if package == "builtins":
+            return symbol in _BUILTINS
+        return package in self._packages
+
+    def allows_value(self, value: Any) -> bool:
+        return callable(value)
+
+
+def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl.Config:
+    """The config of a saved document.
+
+    A saved config may come from someone else, so it may name only what is in trusted
+    packages; nothing else is imported.
+
+    Args:
+      document: From `to_document`.
+      trust: Further packages whose symbols it may name.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: If it names something else, or cannot be read.
+    """
+    policy = _TrustedPackages((*TRUSTED_PACKAGES, *trust))
+    try:
+        return serialization.load_json(json.dumps(document["fiddle"]), policy)
+    except serialization.PyrefPolicyError as error:
+        raise ValueError(
+            f"config.json names {error.module}.{error.symbol}, which is not in a trusted "
+            f"package ({', '.join(TRUSTED_PACKAGES)}); if you trust its author, add "
+            f"--trust {error.module.partition('.')[0]}"
+        ) from error
+    except (KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"config.json cannot be read: {error}") from error
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Lines ``path: saved -> wanted`` for the fields in which two documents differ."""
+    old, new = saved.get("fields", {}), json.loads(json.dumps(wanted["fields"]))
+    return [
+        f"{path}: {old.get(path, '(unset)')!r} -> {new.get(path, '(unset)')!r}"
+        for path in sorted({*old, *new})
+        if old.get(path, ...) != new.get(path, ...)
+    ]

@@ -1,0 +1,228 @@
+"""Mixtures: several sources, each labelled for some of the tasks, in every batch."""
+
+import dataclasses
+import functools
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+
+from mtl_jax.data.batch import Batch, Examples, stack_records
+from mtl_jax.data.source import Record, Source
+
+Augment = Callable[[Record, np.random.Generator], Record]
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One data set of a mixture.
+
+    Attributes:
+      train: Records to train on.
+      test: Records to evaluate on.
+      tasks: Names of the tasks that this data set labels.
+      weight: Relative share of the examples of a batch; 0 leaves the data set out
+        of training.
+      augment: Random change of a training record, given a NumPy generator.
+      input_field: Field of the records that holds the model's input.
+    """
+
+    train: Source
+    test: Source
+    tasks: tuple[str, ...]
+    weight: float = 1.0
+    augment: Augment | None = None
+    input_field: str = "image"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Data sets that are trained on together.
+
+    Every batch holds a fixed number of examples of each data set, in proportion to
+    ``weight ** (1 / temperature)``: shapes are static, whatever each set labels.
+
+    Attributes:
+      components: Name -> data set.
+      batch_size: Examples in a batch, over all data sets.
+      temperature: Above 1 evens the shares out, below 1 sharpens them.
+    """
+
+    components: Mapping[str, Component]
+    batch_size: int
+    temperature: float = 1.0
+
+    def examples_per_batch(self, multiple_of: int = 1) -> dict[str, int]:
+        """Source name -> its number of examples in each batch.
+
+        Shares are rounded by largest remainder to multiples of ``multiple_of`` and
+        add up to ``batch_size``; no source with a positive weight is left out.
+
+        Args:
+          multiple_of: What every share must be divisible by, so that it splits
+            evenly over devices and routing groups.
+
+        Returns:
+          The shares, without the sources of weight 0.
+
+        Raises:
+          ValueError: If weights are negative or all 0, the temperature is not
+            positive, or the batch is too small to give every source a share.
+        """
+        if self.temperature <= 0:
+            raise ValueError(
+                f"mixture.temperature is {self.temperature}; it must be positive"
+            )
+        weights = {name: c.weight for name, c in self.components.items()}
+        if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
+            raise ValueError(
+                f"mixture weights are {weights}; they must be at least 0 and not all 0"
+            )
+        names = [name for name, weight in weights.items() if weight > 0]
+        units, remainder = divmod(self.batch_size, multiple_of)
+        if remainder or units < len(names):
+            raise ValueError(
+                f"mixture.batch_size is {self.batch_size}; it must be a multiple of "
+                f"{multiple_of} (devices and routing groups) and at least "
+                f"{multiple_of * len(names)} for the {len(names)} sources in use"
+            )
+        share = np.array([weights[name] for name in names]) ** (1 / self.temperature)
+        exact = share / share.sum() * units
+        quota = np.maximum(1, np.floor(exact)).astype(int)
+        while quota.sum() < units:
+            quota[np.argmax(exact - quota)] += 1
+        while quota.sum() > units:
+            quota[np.argmin(np.where(quota > 1, exact - quota, np.inf))] -= 1
+        return {
+            name: int(count) * multiple_of
+            for name, count in zip(names, quota, strict=True)
+        }
+
+
+class _Indexed:
+    """A source whose records come with their index."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index) -> tuple[int, Record]:
+        return int(index), self._source[int(index)]
+
+
+class _FixedShares(grain.transforms.DatasetSelectionMap):
+    """Interleaves data sets so that every batch holds the same share of each."""
+
+    def __init__(self, shares: Sequence[int]):
+        self._shares = tuple(shares)
+        self._parent = np.repeat(np.arange(len(shares)), shares)
+        self._offset = np.concatenate([np.arange(share) for share in shares])
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, position = divmod(index, len(self._parent))
+        parent = int(self._parent[position])
+        return parent, batch * self._shares[parent] + int(self._offset[position])
+
+
+def training_batches(
+    mixture: Mixture,
+    target_fields: Mapping[str, str],
+    seed: int,
+    multiple_of: int = 1,
+    prefetch: int = 4,
+) -> grain.DatasetIterator:
+    """An endless, deterministic, checkpointable iterator over training batches.
+
+    Each source is shuffled anew in every epoch by a seed made of ``seed`` and its
+    name, so that adding a source does not reorder the others.
+
+    Args:
+      mixture: What to draw from.
+      target_fields: Task name -> record field of its target.
+      seed: Seed of shuffling and augmentation.
+      multiple_of: See `Mixture.examples_per_batch`.
+      prefetch: Batches that a background thread keeps ready.
+
+    Returns:
+      A Grain iterator of `Batch`; its state is a small JSON document.
+    """
+    shares = mixture.examples_per_batch(multiple_of)
+    collate = functools.partial(
+        _collate, mixture=mixture, shares=shares, target_fields=target_fields
+    )
+    parents = [
+        _shuffled(mixture.components[name], _seed(seed, name)) for name in shares
+    ]
+    return iter(
+        grain.MapDataset.select_from_datasets(
+            parents, _FixedShares([*shares.values()])
+        )
+        .batch(sum(shares.values()), batch_fn=collate)
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        )
+    )
+
+
+def _seed(seed: int, name: str) -> int:
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def _shuffled(component: Component, seed: int) -> grain.MapDataset:
+    dataset = (
+        grain.MapDataset.source(_Indexed(component.train)).seed(seed).shuffle().repeat()
+    )
+    if component.augment is None:
+        return dataset
+    augment = component.augment
+    return dataset.random_map(lambda pair, rng: (pair[0], augment(pair[1], rng)))
+
+
+def _collate(
+    records: Sequence[tuple[int, Record]],
+    mixture: Mixture,
+    shares: Mapping[str, int],
+    target_fields: Mapping[str, str],
+) -> Batch:
+    batch, start = {}, 0
+    for name, share in shares.items():
+        component = mixture.components[name]
+        batch[name] = stack_records(
+            records[start : start + share],
+            component.input_field,
+            {task: target_fields[task] for task in component.tasks},
+        )
+        start += share
+    return batch
+
+
+def evaluation_batches(
+    component: Component,
+    target_fields: Mapping[str, str],
+    batch_size: int,
+    num_examples: int | None = None,
+) -> Iterator[Examples]:
+    """The test records of one data set in order, the last batch padded and masked.
+
+    Args:
+      component: The data set.
+      target_fields: Task name -> record field of its target.
+      batch_size: Examples in each batch.
+      num_examples: How many records to use; all by default.
+
+    Yields:
+      `Examples` of exactly ``batch_size``.
+    """
+    fields = {task: target_fields[task] for task in component.tasks}
+    total = min(len(component.test), num_examples or len(component.test))
+    for start in range(0, total, batch_size):
+        stop = min(start + batch_size, total)
+        records = [(i, component.test[i]) for i in range(start, stop)]
+        yield stack_records(records, component.input_field, fields, batch_size)

@@ -1,0 +1,154 @@
+"""A multitask model: a trunk, and a head for each task, as pure functions."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+Params = Mapping[str, Any]
+"""``{"trunk": ..., "heads": {task: ...}}``."""
+
+
+def repeat(params: PyTree, times: int) -> PyTree:
+    """``params`` with a new leading axis of ``times`` copies."""
+    return jax.tree.map(lambda p: jnp.broadcast_to(p, (times, *p.shape)), params)
+
+
+class TrunkOutput(NamedTuple):
+    """What the forward passes of a trunk give.
+
+    Attributes:
+      features: Token features of each pass.
+      auxiliary_loss: Sum of the routers' weighted auxiliary losses; 0 if dense.
+      statistics: Block name -> router statistics; empty if dense.
+    """
+
+    features: Float[Array, "passes batch rows columns width"]
+    auxiliary_loss: Float[Array, " passes"]
+    statistics: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class MultitaskModel:
+    """A trunk and one head a task; the seam between them is explicit.
+
+    Attributes:
+      trunk: Module ``(images, task, *, train) -> features``. If it has a field
+        ``num_tasks`` that is not None, every task has a forward pass of its own.
+      heads: Task name -> module from features to prediction, in the order of the
+        tasks' indices.
+    """
+
+    trunk: nn.Module
+    heads: Mapping[str, nn.Module]
+
+    @property
+    def task_conditioned(self) -> bool:
+        """Whether the trunk computes other features for other tasks."""
+        return getattr(self.trunk, "num_tasks", None) is not None
+
+    def init(
+        self, key: Key[Array, ""], inputs: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Params:
+        """Fresh parameters, boxed with the names of their logical axes.
+
+        Args:
+          key: PRNG key.
+          inputs: Task name -> shape and type of a batch of its inputs.
+
+        Returns:
+          The parameters of trunk and heads.
+        """
+        trunk_key, *head_keys = jax.random.split(key, 1 + len(self.heads))
+        images = {task: jnp.zeros(x.shape, x.dtype) for task, x in inputs.items()}
+        first = next(iter(images))
+        trunk = self.trunk.init(
+            trunk_key,
+            images[first],
+            jnp.int32(0) if self.task_conditioned else None,
+            train=False,
+        )["params"]
+        heads = {}
+        for (task, head), head_key in zip(self.heads.items(), head_keys, strict=True):
+            features = jax.eval_shape(
+                lambda trunk, task=task: (
+                    self.apply_trunk(
+                        repeat(trunk, 1), images[task], (task,), train=False
+                    ).features
+                ),
+                nn.unbox(trunk),
+            )
+            zeros = jnp.zeros(features.shape[1:], features.dtype)
+            heads[task] = head.init(head_key, zeros)["params"]
+        return {"trunk": trunk, "heads": heads}
+
+    def num_passes(self, tasks: Sequence[str]) -> int:
+        """Forward passes of the trunk that ``tasks`` need: one, or one each."""
+        return len(tasks) if self.task_conditioned else 1
+
+    def apply_trunk(
+        self,
+        params: Params,
+        inputs: Array,
+        tasks: Sequence[str],
+        *,
+        train: bool,
+        key: Key[Array, ""] | None = None,
+    ) -> TrunkOutput:
+        """The forward passes of the trunk that ``tasks`` need, one after another.
+
+        Every pass has a copy of the parameters to itself, so that the gradient with
+        respect to the copies is the gradient by task. The passes are a loop: it takes
+        no longer to compile for more tasks.
+
+        Args:
+          params: Parameters of the trunk, with a leading axis over the passes.
+          inputs: ``[batch, height, width, channels]``.
+          tasks: Names of the tasks that the features are for.
+          train: Whether routers are noisy.
+          key: PRNG key of that noise.
+
+        Returns:
+          Features, auxiliary loss and router statistics, each with a leading axis
+          over the passes.
+        """
+        names = list(self.heads)
+        indices = jnp.array(
+            [names.index(task) for task in tasks][: self.num_passes(tasks)], jnp.int32
+        )
+
+        def apply(arguments) -> TrunkOutput:
+            params, index = arguments
+            features, sown = self.trunk.apply(
+                {"params": params},
+                inputs,
+                index if self.task_conditioned else None,
+                train=train,
+                rngs=None if key is None else {"router": jax.random.fold_in(key, index)},
+                mutable=["losses", "statistics"],
+            )
+            losses = jax.tree.leaves(sown.get("losses", {}))
+            statistics = {
+                block: contents["moe"]
+                for block, contents in sown.get("statistics", {}).items()
+            }
+            return TrunkOutput(features, sum(losses, jnp.float32(0.0)), statistics)
+
+        return jax.lax.map(apply, (params, indices))
+
+    def apply_head(self, params: Params, features: Array, task: str) -> Array:
+        """The prediction of ``task`` from trunk features.
+
+        Args:
+          params: Parameters of that task's head.
+          features: ``[batch, rows, columns, width]``.
+          task: Name of the task.
+
+        Returns:
+          The prediction.
+        """
+        return self.heads[task].apply({"params": params}, features)  # type: ignore[return-value]

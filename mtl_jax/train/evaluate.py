@@ -1,0 +1,119 @@
+"""Evaluation of every task on the test records of every source that labels it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax.data.batch import Examples
+from mtl_jax.data.mixture import Mixture, evaluation_batches
+from mtl_jax.models.multitask import repeat
+from mtl_jax.tasks.metrics import element_mask
+from mtl_jax.train.objective import Objective
+
+Evaluate = Callable[[Mapping, int | None], dict[str, dict[str, Any]]]
+
+
+def make_predict(objective: Objective, source: str) -> Callable:
+    """A function ``(params, inputs) -> {task: prediction}`` for one source's tasks."""
+    model, names = objective.model, objective.labels[source]
+    passes = model.num_passes(names)
+
+    def predict(params: Mapping, inputs: jax.Array) -> dict[str, jax.Array]:
+        output = model.apply_trunk(
+            repeat(params["trunk"], passes), inputs, names, train=False
+        )
+        return {
+            name: model.apply_head(
+                params["heads"][name], output.features[j % passes], name
+            )
+            for j, name in enumerate(names)
+        }
+
+    return predict
+
+
+def make_evaluate(
+    objective: Objective,
+    mixture: Mixture,
+    batch_size: int,
+    place: Callable[[Examples], Examples],
+) -> Evaluate:
+    """Compiles the evaluation of a model.
+
+    Args:
+      objective: Tasks and model.
+      mixture: Whose test records to use, those of data sets of weight 0 included.
+      batch_size: Examples in each evaluation batch.
+      place: Puts examples on the devices.
+
+    Returns:
+      A function of the parameters and the number of test records of each source to
+      use (None for all) to ``{task: {"loss": value, metric: value, ...,
+      "constant_predictor": {metric: value}}}``.
+    """
+    tasks = {task.name: task for task in objective.tasks}
+    fields = {task.name: task.field for task in objective.tasks}
+
+    def sums(predict: Callable, params: Mapping, examples: Examples) -> dict:
+        result = {}
+        for name, prediction in predict(params, examples.inputs).items():
+            target, mask = examples.targets[name], examples.mask[name]
+            values, _ = tasks[name].loss(prediction, target)
+            keep = element_mask(mask, target)
+            result[name] = {
+                "loss": {
+                    "total": jnp.sum(jnp.where(keep, values, 0.0)),
+                    "count": jnp.sum(keep, dtype=jnp.float32),
+                }
+            } | {
+                metric.name: metric.update(prediction, target, mask)
+                for metric in tasks[name].metrics
+            }
+        return result
+
+    compiled = {
+        source: jax.jit(
+            lambda params, examples, predict=make_predict(objective, source): sums(
+                predict, params, examples
+            )
+        )
+        for source in objective.labels
+    }
+
+    def evaluate(params: Mapping, num_examples: int | None = None):
+        totals: dict[str, Any] = {}
+        for source, function in compiled.items():
+            component = mixture.components[source]
+            source_fields = {task: fields[task] for task in component.tasks}
+            for examples in evaluation_batches(
+                component, source_fields, batch_size, num_examples
+            ):
+                parts = jax.device_get(function(params, place(examples)))
+                for task, part in parts.items():
+                    part = jax.tree.map(lambda x: np.asarray(x, np.float64), part)
+                    totals[task] = (
+                        jax.tree.map(np.add, totals[task], part)
+                        if task in totals
+                        else part
+                    )
+        return {name: _scores(tasks[name], totals[name]) for name in tasks}
+
+    return evaluate
+
+
+def _scores(task, totals: Mapping) -> dict[str, Any]:
+    scores: dict[str, Any] = {
+        "loss": float(totals["loss"]["total"] / totals["loss"]["count"])
+    }
+    constant = {}
+    for metric in task.metrics:
+        scores[metric.name] = metric.compute(totals[metric.name])
+        constant[metric.name] = (
+            None
+            if metric.constant_predictor is None
+            else metric.constant_predictor(totals[metric.name])
+        )
+    return scores | {"constant_predictor": constant}

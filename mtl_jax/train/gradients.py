@@ -1,0 +1,274 @@
+"""Task gradients: where they are taken, and how they become one update direction.
+
+Both functions here return a function ``(params, batch, key, aggregator_state) ->
+(evaluation, gradient)``. Trunk gradients go through the aggregator; a head belongs to
+one task and keeps the plain gradient of its own loss. A router's auxiliary losses are
+shared out evenly among the tasks of its forward pass.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Key, PyTree
+from optax.experimental import aggregating
+
+from mtl_jax.data.batch import Batch
+from mtl_jax.optim import gramian
+from mtl_jax.models.multitask import repeat
+from mtl_jax.train.objective import Objective
+
+
+class Evaluation(NamedTuple):
+    """What a gradient evaluation learns besides the gradient.
+
+    Attributes:
+      losses: Loss of each task.
+      auxiliary_loss: Sum of the routers' auxiliary losses.
+      active: Which tasks had any label in the batch.
+      gramian: Inner products of the task gradients where they were taken.
+      statistics: Task name -> block name -> router statistics of the task's pass on
+        the last source that labels it.
+      aggregator_state: The aggregator's state after the evaluation.
+    """
+
+    losses: Float[Array, " tasks"]
+    auxiliary_loss: Float[Array, ""]
+    active: Bool[Array, " tasks"]
+    gramian: Float[Array, "tasks tasks"]
+    statistics: Mapping[str, Mapping[str, Any]]
+    aggregator_state: optax.OptState
+
+
+GradientFunction = Callable[
+    [Mapping, Batch, Key[Array, ""], optax.OptState], tuple[Evaluation, Mapping]
+]
+
+
+class _SourceGradients(NamedTuple):
+    """Gradients with respect to the features of one source's examples.
+
+    Attributes:
+      tasks: Names of the tasks that the source labels.
+      features: Gradient of each task's loss, in the order of ``tasks``.
+      auxiliary_loss: Routers' auxiliary losses by pass.
+      statistics: Router statistics by pass.
+      pull_back: From cotangents of features and auxiliary loss by pass to gradients
+        with respect to the trunk's parameters by pass.
+    """
+
+    tasks: tuple[str, ...]
+    features: Float[Array, "labelled batch rows columns width"]
+    auxiliary_loss: Float[Array, " passes"]
+    statistics: Mapping[str, Any]
+    pull_back: Callable[[Array, Array], PyTree]
+
+
+def at_params(
+    objective: Objective, aggregator: aggregating.Aggregator
+) -> GradientFunction:
+    """Takes task gradients at the trunk's parameters: exact.
+
+    Costs one backward pass of the trunk for each task and source that labels it; in
+    a task-conditioned trunk, where every task has its own forward pass, that is no
+    more than a plain sum costs.
+
+    Args:
+      objective: The task losses.
+      aggregator: Turns gradients stacked by task into one.
+
+    Returns:
+      The gradient function.
+    """
+    names = [task.name for task in objective.tasks]
+
+    def evaluate(params, batch, key, aggregator_state):
+        counts = objective.label_counts(batch)
+        losses, head_gradients, sources = _differentiate_heads(
+            objective, params, batch, key, counts
+        )
+        rows: dict[str, PyTree] = {}
+        for source in sources.values():
+            pulled = _pull_back_by_task(source)
+            for j, name in enumerate(source.tasks):
+                row = jax.tree.map(lambda leaf, j=j: leaf[j], pulled)
+                rows[name] = optax.tree.add(rows[name], row) if name in rows else row
+        task_gradients = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(rows[name] for name in names)
+        )
+        active = counts > 0
+        trunk_gradient, aggregator_state = aggregator.update(
+            task_gradients,
+            aggregator_state,
+            params["trunk"],
+            losses=losses,
+            active=active,
+        )
+        return (
+            _evaluation(losses, sources, active, task_gradients, aggregator_state),
+            {"trunk": trunk_gradient, "heads": head_gradients},
+        )
+
+    return evaluate
+
+
+def at_features(
+    objective: Objective, aggregator: aggregating.Aggregator
+) -> GradientFunction:
+    """Takes task gradients at the trunk's features: as cheap as a plain sum.
+
+    The aggregator combines the gradients with respect to the features of all sources
+    (of which tasks labelled by different sources share none), and one backward pass
+    takes the result through the trunk: MGDA-UB's upper bound (Sener & Koltun, 2018)
+    for any aggregator.
+
+    Args:
+      objective: The task losses; its trunk must be shared by the tasks.
+      aggregator: Turns gradients stacked by task into one.
+
+    Returns:
+      The gradient function.
+
+    Raises:
+      ValueError: If the trunk is task-conditioned: its tasks have no features in
+        common.
+    """
+    if objective.model.task_conditioned:
+        raise ValueError(
+            'gradients_at is "features", but the trunk has a router a task and so no '
+            'features that tasks share; use gradients_at="params", which costs this '
+            "trunk no more"
+        )
+    names = [task.name for task in objective.tasks]
+
+    def evaluate(params, batch, key, aggregator_state):
+        counts = objective.label_counts(batch)
+        losses, head_gradients, sources = _differentiate_heads(
+            objective, params, batch, key, counts
+        )
+        task_gradients = {
+            name: _spread(source, names) for name, source in sources.items()
+        }
+        active = counts > 0
+        combined, aggregator_state = aggregator.update(
+            task_gradients, aggregator_state, losses=losses, active=active
+        )
+        pulled = [
+            source.pull_back(combined[name][None], jnp.ones(1, jnp.float32))
+            for name, source in sources.items()
+        ]
+        trunk_gradient = jax.tree.map(lambda *leaves: sum(leaves)[0], *pulled)
+        return (
+            _evaluation(losses, sources, active, task_gradients, aggregator_state),
+            {"trunk": trunk_gradient, "heads": head_gradients},
+        )
+
+    return evaluate
+
+
+def _differentiate_heads(
+    objective: Objective, params: Mapping, batch: Batch, key: Array, counts: Array
+) -> tuple[Array, Mapping, dict[str, _SourceGradients]]:
+    """Runs every forward pass, and every head forward and backward.
+
+    Returns:
+      Task losses, head gradients by task, and feature gradients by source.
+    """
+    model = objective.model
+    by_name = {task.name: (k, task) for k, task in enumerate(objective.tasks)}
+    losses = [jnp.float32(0.0)] * len(objective.tasks)
+    head_gradients: dict[str, PyTree] = {}
+    sources = {}
+    for i, (source, names) in enumerate(objective.labels.items()):
+        examples, passes = batch[source], model.num_passes(names)
+
+        def trunk(trunk_params, i=i, names=names, examples=examples):
+            output = model.apply_trunk(
+                trunk_params,
+                examples.inputs,
+                names,
+                train=True,
+                key=jax.random.fold_in(key, i),
+            )
+            return (output.features, output.auxiliary_loss), output.statistics
+
+        (features, auxiliary), pull_back, statistics = jax.vjp(
+            trunk, repeat(params["trunk"], passes), has_aux=True
+        )
+        feature_gradients = []
+        for j, name in enumerate(names):
+            k, task = by_name[name]
+            loss, (head_gradient, feature_gradient) = jax.value_and_grad(
+                objective.task_loss, argnums=(0, 1)
+            )(params["heads"][name], features[j % passes], examples, task, counts[k])
+            losses[k] += loss
+            feature_gradients.append(feature_gradient)
+            if name in head_gradients:
+                head_gradient = optax.tree.add(head_gradients[name], head_gradient)
+            head_gradients[name] = head_gradient
+        sources[source] = _SourceGradients(
+            names,
+            jnp.stack(feature_gradients),
+            auxiliary,
+            statistics,
+            lambda features, auxiliary, pull_back=pull_back: pull_back(
+                (features, auxiliary)
+            )[0],
+        )
+    heads = {task.name: head_gradients[task.name] for task in objective.tasks}
+    return jnp.stack(losses), heads, sources
+
+
+def _pull_back_by_task(source: _SourceGradients) -> PyTree:
+    """Gradients of one source's tasks with respect to the trunk's parameters.
+
+    One after another and not by `jax.vmap`, which XLA for CPU of jaxlib 0.10.2
+    computes wrongly.
+    """
+    tasks, passes = len(source.tasks), len(source.auxiliary_loss)
+    if passes == tasks:
+        return source.pull_back(source.features, jnp.ones(tasks, jnp.float32))
+    share = jnp.full(1, 1.0 / tasks, jnp.float32)
+    return jax.lax.map(
+        lambda gradient: jax.tree.map(
+            lambda leaf: leaf[0], source.pull_back(gradient[None], share)
+        ),
+        source.features,
+    )
+
+
+def _spread(
+    source: _SourceGradients, names: Sequence[str]
+) -> Float[Array, "tasks batch rows columns width"]:
+    """Feature gradients by task, zero for tasks that the source does not label."""
+    absent = jnp.zeros_like(source.features[0])
+    by_task = dict(zip(source.tasks, source.features, strict=True))
+    return jnp.stack([by_task.get(name, absent) for name in names])
+
+
+def _evaluation(
+    losses: Array,
+    sources: Mapping[str, _SourceGradients],
+    active: Array,
+    task_gradients: PyTree,
+    aggregator_state: optax.OptState,
+) -> Evaluation:
+    statistics: dict[str, Mapping] = {}
+    auxiliary_loss = jnp.float32(0.0)
+    for source in sources.values():
+        auxiliary_loss += jnp.sum(source.auxiliary_loss)
+        passes = len(source.auxiliary_loss)
+        for j, name in enumerate(source.tasks):
+            statistics[name] = jax.tree.map(
+                lambda leaf, j=j, passes=passes: leaf[j % passes], source.statistics
+            )
+    return Evaluation(
+        losses,
+        auxiliary_loss,
+        active,
+        gramian(task_gradients),
+        statistics,
+        aggregator_state,
+    )

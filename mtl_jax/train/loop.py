@@ -1,0 +1,330 @@
+"""Training from the first step, or the last checkpoint, to the result."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from mtl_jax.data.mixture import training_batches
+from mtl_jax.optim.canary import check_task_gradients
+from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.evaluate import Evaluate, make_evaluate
+from mtl_jax.train.experiment import Experiment
+from mtl_jax.train.program import Program, build_program, count_parameters
+from mtl_jax.train.progress import ProgressDisplay
+from mtl_jax.train.run_folder import RunFolder, to_json
+from mtl_jax.train.samples import write_samples
+from mtl_jax.train.state import TrainState
+
+METRICS = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
+RESULT = "result.json"
+CHECKPOINTS = "checkpoints"
+
+
+def train(experiment: Experiment, folder: RunFolder, config_name: str) -> dict:
+    """Runs an experiment to its end, from the newest checkpoint in its folder if any.
+
+    Everything in ``metrics.jsonl`` and in the checkpoints is the same to the last bit
+    whether or not the run was interrupted; what depends on the clock is in
+    ``timings.jsonl``.
+
+    Args:
+      experiment: What to run; `mtl_jax.train.validate` it first.
+      folder: The run's folder.
+      config_name: What the result calls the config.
+
+    Returns:
+      The content of ``result.json``.
+
+    Raises:
+      RuntimeError: If this release of JAX computes wrong task gradients.
+    """
+    started = time.monotonic()
+    program = build_program(experiment)
+    check_task_gradients()
+    checkpoints = Checkpoints(folder.path / CHECKPOINTS)
+    try:
+        state, batches = _start_or_continue(program, checkpoints, folder)
+        evaluate = _evaluation(program)
+        compile_started = time.monotonic()
+        step, flops = program.compile_step()
+        compile_seconds = time.monotonic() - compile_started
+        first_step = int(state.step)
+        headlines = {task.name: task.metrics[0].name for task in experiment.tasks}
+        with ProgressDisplay(headlines, experiment.num_steps, first_step) as display:
+            loop = _Loop(program, step, evaluate, checkpoints, folder, display)
+            state = loop.run(state, batches)
+        scores = evaluate(state.params, None)
+        write_samples(folder.path / "samples.npz", program, state.params)
+    finally:
+        checkpoints.close()
+    parameters, active = count_parameters(program)
+    result = {
+        "config": config_name,
+        "seed": experiment.seed,
+        "num_steps": experiment.num_steps,
+        "tasks": _task_results(experiment, scores),
+        "sources": _describe_sources(program),
+        "mesh": dict(program.mesh.shape),
+        "method": _describe_method(experiment),
+        "cost": {
+            "parameters": parameters,
+            "active_parameters": active,
+            "flops_per_step": flops,
+            "peak_memory_bytes": _peak_memory(),
+            "compile_seconds": compile_seconds,
+            **loop.average_timing(),
+        },
+        "versions": _versions(),
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "wall_time_seconds": time.monotonic() - started,
+    }
+    folder.write_json(RESULT, to_json(result))
+    return to_json(result)
+
+
+def evaluate_run(
+    experiment: Experiment, folder: RunFolder, step: int | None
+) -> tuple[int, dict]:
+    """Evaluates a checkpoint on all test records.
+
+    Args:
+      experiment: The run's experiment.
+      folder: The run's folder.
+      step: Which checkpoint; the newest by default.
+
+    Returns:
+      The step and ``{task: {metric: value}}``.
+
+    Raises:
+      ValueError: If there is no such checkpoint.
+    """
+    directory = folder.path / CHECKPOINTS
+    checkpoints = Checkpoints(directory)
+    try:
+        steps = checkpoints.steps
+        chosen = (steps[-1] if steps else None) if step is None else step
+        if chosen is None or chosen not in steps:
+            raise ValueError(f"{directory} has no checkpoint {step}; it has {steps}")
+        program = build_program(experiment)
+        state = checkpoints.restore_state(chosen, program.init_state())
+    finally:
+        checkpoints.close()
+    scores = _evaluation(program)(state.params, None)
+    return chosen, _task_results(experiment, scores)
+
+
+def _start_or_continue(
+    program: Program, checkpoints: Checkpoints, folder: RunFolder
+) -> tuple[TrainState, grain.DatasetIterator]:
+    experiment = program.experiment
+    batches = training_batches(
+        experiment.mixture,
+        {task.name: task.field for task in experiment.tasks},
+        experiment.seed,
+        program.share_multiple,
+    )
+    state = program.init_state()
+    latest = checkpoints.latest_step
+    if latest is not None:
+        state = checkpoints.restore_state(latest, state)
+        checkpoints.restore_data(latest, batches)
+    for name in (METRICS, TIMINGS):
+        folder.truncate(name, latest or 0)
+    return state, batches
+
+
+def _evaluation(program: Program) -> Evaluate:
+    experiment = program.experiment
+    evaluate = make_evaluate(
+        program.objective,
+        experiment.mixture,
+        experiment.evaluation_batch_size,
+        program.place,
+    )
+
+    def in_scope(params: Mapping, num_examples: int | None) -> dict:
+        with program.scope():
+            return evaluate(params, num_examples)
+
+    return in_scope
+
+
+class _Loop:
+    """The loop proper: step, log, evaluate, save."""
+
+    def __init__(self, program, step, evaluate, checkpoints, folder, display):
+        self._experiment: Experiment = program.experiment
+        self._program, self._step, self._evaluate = program, step, evaluate
+        self._checkpoints, self._folder, self._display = checkpoints, folder, display
+        self._batch_size = program.experiment.mixture.batch_size
+        self._timings: list[dict[str, float]] = []
+        self._waited, self._steps_timed, self._clock = 0.0, 0, time.monotonic()
+
+    def run(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
+        """Trains to the last step."""
+        experiment = self._experiment
+        pending = None
+        self._clock = time.monotonic()
+        for step in range(int(state.step) + 1, experiment.num_steps + 1):
+            waiting = time.monotonic()
+            batch = self._program.place(next(batches))
+            self._waited += time.monotonic() - waiting
+            state, metrics = self._step(state, batch)
+            self._steps_timed += 1
+            last = step == experiment.num_steps
+            evaluate = last or step % experiment.evaluate_every == 0
+            save = last or step % experiment.checkpoint_every == 0
+            # The line of an earlier step is written while this step computes.
+            pending = self._log(pending)
+            if step % experiment.log_every == 0 or evaluate or save:
+                pending = step, metrics
+            if evaluate or save:
+                jax.block_until_ready(state)
+                self._pause_clock()
+                scores = self._scores(state) if evaluate else {}
+                pending = self._log(pending, scores)
+                if save:
+                    self._checkpoints.save(step, state, batches)
+                self._clock = time.monotonic()
+        return state
+
+    def average_timing(self) -> dict[str, float | None]:
+        """Examples per second and input stall over the run, warm-up left out."""
+        timings = self._timings[1:] or self._timings
+        seconds = sum(t["seconds"] for t in timings)
+        steps = sum(t["steps"] for t in timings)
+        waited = sum(t["waited"] for t in timings)
+        if not steps:
+            return {"examples_per_second": None, "input_stall": None}
+        return {
+            "examples_per_second": steps * self._batch_size / seconds,
+            "input_stall": waited / seconds,
+        }
+
+    def _scores(self, state: TrainState) -> dict[str, float]:
+        scores = self._evaluate(state.params, self._experiment.evaluation_examples)
+        return {
+            f"{task}/{'test_loss' if name == 'loss' else name}": value
+            for task, values in scores.items()
+            for name, value in values.items()
+            if name != "constant_predictor"
+        }
+
+    def _log(self, pending, scores: Mapping[str, float] | None = None) -> None:
+        if pending is None:
+            return
+        step, metrics = pending
+        metrics = to_json(jax.device_get(metrics)) | dict(scores or {})
+        if self._steps_timed:
+            self._pause_clock()
+        timing = self._last_timing()
+        self._folder.append(METRICS, {"step": step, **metrics})
+        self._folder.append(TIMINGS, {"step": step, **timing})
+        self._display.update(step, metrics, timing, evaluated=bool(scores))
+
+    def _pause_clock(self) -> None:
+        """Closes a stretch of training; what follows is not counted as training."""
+        now = time.monotonic()
+        self._timings.append(
+            {
+                "seconds": now - self._clock,
+                "steps": self._steps_timed,
+                "waited": self._waited,
+            }
+        )
+        self._waited, self._steps_timed, self._clock = 0.0, 0, now
+
+    def _last_timing(self) -> dict[str, float]:
+        stretch = self._timings[-1]
+        seconds, steps = max(stretch["seconds"], 1e-9), max(stretch["steps"], 1)
+        return {
+            "seconds_per_step": seconds / steps,
+            "examples_per_second": steps * self._batch_size / seconds,
+            "input_stall": stretch["waited"] / seconds,
+        }
+
+
+def _task_results(experiment: Experiment, scores: Mapping) -> dict[str, Any]:
+    results = {}
+    for task in experiment.tasks:
+        sources = [s for s, tasks in experiment.labels.items() if task.name in tasks]
+        label = experiment.mixture.components[sources[0]].test.fields[task.field]
+        values = scores[task.name]
+        results[task.name] = {
+            "metrics": {
+                metric.name: {
+                    "value": values[metric.name],
+                    "higher_is_better": metric.higher_is_better,
+                    "constant_predictor": values["constant_predictor"][metric.name],
+                }
+                for metric in task.metrics
+            },
+            "headline": task.metrics[0].name,
+            "output": {
+                "kind": "values" if label.num_classes is None else "classes",
+                "dense": len(label.shape) > 1,
+                "num_classes": label.num_classes,
+                "class_names": list(label.class_names),
+            },
+            "sources": sources,
+        }
+    return results
+
+
+def _describe_sources(program: Program) -> dict[str, Any]:
+    experiment = program.experiment
+    shares = experiment.mixture.examples_per_batch(program.share_multiple)
+    return {
+        name: {
+            "train_examples": len(component.train),
+            "test_examples": len(component.test),
+            "examples_per_step": shares[name],
+            "tasks": list(component.tasks),
+            "image_shape": list(component.train.fields[component.input_field].shape),
+        }
+        for name, component in experiment.mixture.components.items()
+        if name in shares
+    }
+
+
+def _describe_method(experiment: Experiment) -> dict[str, Any]:
+    def name(function) -> str:
+        return getattr(function, "func", function).__name__
+
+    sharpness = experiment.sharpness
+    return {
+        "aggregator": name(experiment.aggregator),
+        "gradients_at": experiment.gradients_at,
+        "sharpness_rho": None if sharpness is None else sharpness.keywords["rho"],  # type: ignore[attr-defined]
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("mtl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "source tree"
+    return {"python": platform.python_version(), **versions}
+
+
+def _peak_memory() -> int:
+    """Peak bytes on the first device, or of this process where the device is a CPU."""
+    device = jax.local_devices()[0]
+    statistics = device.memory_stats() if device.platform != "cpu" else None
+    if statistics and "peak_bytes_in_use" in statistics:
+        return int(statistics["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,106 @@
+"""The objective: what each task loses on a batch of several sources."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from mtl_jax.data.batch import Batch, Examples
+from mtl_jax.models.multitask import MultitaskModel, repeat
+from mtl_jax.tasks.metrics import element_mask
+from mtl_jax.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The losses of several tasks on batches of several sources.
+
+    A task's loss is the mean over all its labelled elements in the global batch,
+    whichever sources and devices they are on.
+
+    Attributes:
+      model: Trunk and heads.
+      tasks: The tasks, in the order of their indices.
+      labels: Source name -> names of the tasks that it labels.
+    """
+
+    model: MultitaskModel
+    tasks: tuple[Task, ...]
+    labels: Mapping[str, tuple[str, ...]]
+
+    def label_counts(self, batch: Batch) -> Float[Array, " tasks"]:
+        """Number of labelled elements of each task in the global batch."""
+        counts = dict.fromkeys((task.name for task in self.tasks), jnp.float32(0.0))
+        for source, names in self.labels.items():
+            examples = batch[source]
+            for name in names:
+                keep = element_mask(examples.mask[name], examples.targets[name])
+                counts[name] += jnp.sum(keep, dtype=jnp.float32)
+        return jnp.stack(list(counts.values()))
+
+    def task_loss(
+        self,
+        head_params: Mapping,
+        features: Float[Array, "batch rows columns width"],
+        examples: Examples,
+        task: Task,
+        count: Float[Array, ""],
+    ) -> Float[Array, ""]:
+        """One source's share of one task's loss.
+
+        Args:
+          head_params: Parameters of the task's head.
+          features: Trunk features of the source's examples.
+          examples: Those examples.
+          task: The task.
+          count: The task's labelled elements in the global batch, over all sources.
+
+        Returns:
+          Sum of the losses of this source's labelled elements, over ``count``.
+        """
+        prediction = self.model.apply_head(head_params, features, task.name)
+        values, valid = task.loss(prediction, examples.targets[task.name])
+        mask = examples.mask[task.name]
+        keep = valid & mask.reshape(mask.shape + (1,) * (valid.ndim - 1))
+        total = jnp.sum(jnp.where(keep, values, 0.0), dtype=jnp.float32)
+        return total / jnp.maximum(count, 1.0)
+
+    def summed_loss(
+        self, params: Mapping, batch: Batch, key: Key[Array, ""]
+    ) -> Float[Array, ""]:
+        """The plain sum of all task losses and auxiliary losses.
+
+        Args:
+          params: ``{"trunk", "heads"}``.
+          batch: The global batch.
+          key: PRNG key of the step.
+
+        Returns:
+          The scalar that training by a plain sum minimises.
+        """
+        counts = dict(
+            zip((t.name for t in self.tasks), self.label_counts(batch), strict=True)
+        )
+        by_name = {task.name: task for task in self.tasks}
+        total = jnp.float32(0.0)
+        for i, (source, names) in enumerate(self.labels.items()):
+            passes = self.model.num_passes(names)
+            output = self.model.apply_trunk(
+                repeat(params["trunk"], passes),
+                batch[source].inputs,
+                names,
+                train=True,
+                key=jax.random.fold_in(key, i),
+            )
+            total += jnp.sum(output.auxiliary_loss)
+            for j, name in enumerate(names):
+                total += self.task_loss(
+                    params["heads"][name],
+                    output.features[j % passes],
+                    batch[source],
+                    by_name[name],
+                    counts[name],
+                )
+        return total

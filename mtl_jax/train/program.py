@@ -1,0 +1,204 @@
+"""A training program: everything that is built once, before the first step."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from mtl_jax.data.batch import Batch
+from mtl_jax.data.mixture import stack_records
+from mtl_jax.sharding import make_mesh, param_shardings, spec
+from mtl_jax.train.experiment import Experiment, MeshShape
+from mtl_jax.train.gradients import GradientFunction, at_features, at_params
+from mtl_jax.train.objective import Objective
+from mtl_jax.train.state import TrainState
+from mtl_jax.train.step import Step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An experiment on a mesh, ready to be compiled.
+
+    Attributes:
+      experiment: What is run.
+      mesh: The devices.
+      objective: The losses of the tasks on the sources that are trained on.
+      init: Function of a key to the initial state with boxed parameters.
+      step: Pure training step, not jitted.
+      abstract_state: Shapes and logical axes of the state, boxed.
+      state_shardings: Sharding of every leaf of the (unboxed) state.
+      share_multiple: What each source's share of a batch must be divisible by.
+    """
+
+    experiment: Experiment
+    mesh: Mesh
+    objective: Objective
+    init: Callable[[jax.Array], TrainState]
+    step: Step
+    abstract_state: TrainState
+    state_shardings: TrainState
+    share_multiple: int
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Examples are split over the mesh axes of the rule ``batch``."""
+        return NamedSharding(self.mesh, spec(self.experiment.rules, ("batch",)))
+
+    def place(self, examples: Any) -> Any:
+        """Puts a batch, or a part of one, on the devices."""
+        return jax.device_put(examples, self.batch_sharding)
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, types and shardings of a training batch."""
+        experiment = self.experiment
+        fields = {task.name: task.field for task in experiment.tasks}
+        shares = experiment.mixture.examples_per_batch(self.share_multiple)
+        batch = {}
+        for name, share in shares.items():
+            component = experiment.mixture.components[name]
+            batch[name] = stack_records(
+                [(0, component.train[0])],
+                component.input_field,
+                {task: fields[task] for task in component.tasks},
+                share,
+            )
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=self.batch_sharding
+            ),
+            batch,
+        )
+
+    def scope(self):
+        """Context in which the program is traced: its mesh."""
+        return jax.set_mesh(self.mesh)
+
+    def init_state(self) -> TrainState:
+        """The initial state, every array created where it belongs."""
+        init = jax.jit(
+            lambda key: nn.unbox(self.init(key)), out_shardings=self.state_shardings
+        )
+        return init(jax.random.key(self.experiment.seed))
+
+    def compile_step(self) -> tuple[Callable, float]:
+        """The compiled step ``(state, batch) -> (state, metrics)`` and its FLOPs.
+
+        The state is donated. FLOPs are those of the whole step on all devices, as
+        XLA counts them before optimisation.
+        """
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            ),
+            nn.unbox(self.abstract_state),
+            self.state_shardings,
+        )
+        with self.scope():
+            lowered = jax.jit(
+                self.step, donate_argnums=0, out_shardings=(self.state_shardings, None)
+            ).lower(state, self.abstract_batch())
+            flops = (lowered.cost_analysis() or {}).get("flops", math.nan)
+            return lowered.compile(), float(flops)
+
+
+def build_program(
+    experiment: Experiment, devices: Sequence[jax.Device] | None = None
+) -> Program:
+    """Builds the mesh, the step and the shardings of an experiment.
+
+    Args:
+      experiment: What is run; `validate` it first.
+      devices: The devices to use; all by default.
+
+    Returns:
+      The program.
+
+    Raises:
+      ValueError: If the mesh does not divide the devices, the experts or the shares
+        of the sources.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = MeshShape(1) if len(devices) == 1 else experiment.mesh
+    mesh = make_mesh(**dataclasses.asdict(shape), devices=devices)
+    num_tasks = len(experiment.tasks)
+    objective = Objective(experiment.model, experiment.tasks, experiment.labels)
+    aggregator = experiment.aggregator(num_tasks=num_tasks)
+    optimizer = experiment.optimizer(num_steps=experiment.num_steps)
+    take = {"params": at_params, "features": at_features}[experiment.gradients_at]
+    step = make_train_step(
+        _sharpened(take(objective, aggregator), objective, experiment),
+        optimizer,
+        tuple(task.name for task in experiment.tasks),
+    )
+
+    def init(key: jax.Array) -> TrainState:
+        params_key, step_key = jax.random.split(key)
+        params = experiment.model.init(params_key, experiment.inputs)
+        return TrainState(
+            jnp.int32(0),
+            params,
+            aggregator.init(params["trunk"]),
+            optimizer.init(params),  # type: ignore[arg-type]
+            step_key,
+        )
+
+    abstract_state = jax.eval_shape(init, jax.random.key(0))
+    return Program(
+        experiment,
+        mesh,
+        objective,
+        init,
+        step,
+        abstract_state,
+        param_shardings(abstract_state, mesh, experiment.rules),
+        experiment.group_size * math.prod(mesh.shape[a] for a in mesh.axis_names[:3]),
+    )
+
+
+def _sharpened(
+    gradient_function: GradientFunction, objective: Objective, experiment: Experiment
+) -> GradientFunction:
+    if experiment.sharpness is None:
+        return gradient_function
+    summed = jax.value_and_grad(objective.summed_loss)
+    return experiment.sharpness(
+        gradient_function,
+        ascent=lambda params, batch, key, aggregator_state: summed(params, batch, key),
+    )
+
+
+def count_parameters(program: Program) -> tuple[int, int]:
+    """Parameters of the model, and how many of them one example of one task uses.
+
+    Of the experts an example's token uses ``num_selected``, of the routers that of its
+    task, of the heads the mean over tasks is not taken: all heads count as used.
+
+    Args:
+      program: The program.
+
+    Returns:
+      (total, active).
+    """
+    moe = getattr(program.experiment.trunk, "moe", None)
+    used = moe().num_selected / moe().num_experts if moe else 1.0
+    total = active = 0.0
+    for box in jax.tree.leaves(
+        program.abstract_state.params, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    ):
+        names = box.names if isinstance(box, nn.Partitioned) else ()
+        leaf = nn.unbox(box)
+        size = float(np.prod(leaf.shape))
+        total += size
+        if "expert" in names:
+            size *= used
+        if "task" in names:
+            size /= leaf.shape[names.index("task")]
+        active += size
+    return round(total), round(active)

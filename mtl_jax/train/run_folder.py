@@ -1,0 +1,91 @@
+"""The folder of a run: its config, its metrics, its result."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class RunFolder:
+    """Files of one run.
+
+    Args:
+      path: The folder; made if absent.
+
+    Raises:
+      ValueError: If the folder cannot be made or written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to the run folder {path}: {error.strerror}; "
+                "choose another --workdir"
+            ) from error
+
+    def write_json(self, name: str, document: Mapping[str, Any]) -> None:
+        """Writes a document whole or not at all."""
+        text = json.dumps(document, indent=1, allow_nan=False)
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text + "\n")
+        os.replace(temporary, self.path / name)
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A document of the run, None if it is not there.
+
+        Raises:
+          ValueError: If the file is not JSON.
+        """
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path / name} is not valid JSON ({error}); delete the run "
+                "folder or choose another"
+            ) from error
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Adds one line of JSON to a log; numbers that are not finite become null."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(to_json(line), allow_nan=False) + "\n")
+
+    def truncate(self, name: str, last_step: int) -> None:
+        """Drops the lines of a log after ``last_step``, a half-written one included."""
+        path = self.path / name
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+                break
+            kept.append(line)
+        temporary = path.with_name(f".{name}.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+
+
+def to_json(value: Any) -> Any:
+    """Arrays and NumPy numbers as JSON values, non-finite numbers as None."""
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return to_json(value.tolist())
+    if isinstance(value, np.generic):
+        return to_json(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

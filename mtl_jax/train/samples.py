@@ -1,0 +1,77 @@
+"""Examples of what a trained model predicts, for the report."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mtl_jax.data.mixture import Component, evaluation_batches
+from mtl_jax.train.evaluate import make_predict
+from mtl_jax.train.program import Program
+
+NUM_TILES = 6
+NUM_MISTAKES = 24
+
+
+def write_samples(path: Path, program: Program, params: Mapping) -> None:
+    """Saves test inputs with their targets and predictions.
+
+    Of a source with dense targets, examples spread evenly over the test records; of
+    one with labels for whole images, the first that any task gets wrong.
+
+    Args:
+      path: The ``.npz`` file to write: ``source/image``, ``source/task/target`` and
+        ``source/task/prediction``, classes as integers.
+      program: The trained program.
+      params: The trained parameters.
+    """
+    arrays = {}
+    for source in program.objective.labels:
+        for name, array in _source_samples(program, params, source).items():
+            arrays[f"{source}/{name}"] = array
+    temporary = path.with_name(f".{path.name}")
+    np.savez_compressed(temporary, **arrays)
+    # NumPy adds the suffix that a hidden name has already.
+    temporary.replace(path)
+
+
+def _source_samples(
+    program: Program, params: Mapping, source: str
+) -> dict[str, np.ndarray]:
+    experiment = program.experiment
+    component: Component = experiment.mixture.components[source]
+    fields = {task.name: task.field for task in experiment.tasks}
+    fields = {task: fields[task] for task in component.tasks}
+    predict = jax.jit(make_predict(program.objective, source))
+    collected: dict[str, list[np.ndarray]] = {}
+    with program.scope():
+        for examples in evaluation_batches(
+            component, fields, experiment.evaluation_batch_size
+        ):
+            real = next(iter(examples.mask.values()))
+            predictions = jax.device_get(predict(params, program.place(examples.inputs)))
+            parts = {"image": examples.inputs}
+            for task, prediction in predictions.items():
+                target = examples.targets[task]
+                if component.test.fields[fields[task]].num_classes is not None:
+                    prediction = np.argmax(prediction, axis=-1)
+                parts[f"{task}/target"] = target
+                parts[f"{task}/prediction"] = prediction
+            for name, part in parts.items():
+                collected.setdefault(name, []).append(np.asarray(part)[real])
+    whole = {name: np.concatenate(parts) for name, parts in collected.items()}
+    chosen = _choose(whole, tuple(fields))
+    return {name: array[chosen] for name, array in whole.items()}
+
+
+def _choose(whole: Mapping[str, np.ndarray], tasks: tuple[str, ...]) -> np.ndarray:
+    dense = any(whole[f"{task}/target"].ndim > 1 for task in tasks)
+    number = len(whole["image"])
+    if dense:
+        return np.unique(np.linspace(0, number - 1, NUM_TILES).astype(int))
+    wrong = np.any(
+        [whole[f"{task}/target"] != whole[f"{task}/prediction"] for task in tasks],
+        axis=0,
+    )
+    return np.flatnonzero(wrong)[:NUM_MISTAKES]

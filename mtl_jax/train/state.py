@@ -1,0 +1,28 @@
+"""Everything that training changes, as one pytree."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import optax
+from jaxtyping import Array, Int, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a run between two steps.
+
+    Attributes:
+      step: Number of updates done.
+      params: ``{"trunk", "heads"}``.
+      aggregator_state: State of the aggregator of task gradients.
+      optimizer_state: State of the Optax chain behind it.
+      key: PRNG key of the run; the key of a step is this one folded with its number.
+    """
+
+    step: Int[Array, ""]
+    params: Mapping
+    aggregator_state: optax.OptState
+    optimizer_state: optax.OptState
+    key: Key[Array, ""]

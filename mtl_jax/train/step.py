@@ -1,0 +1,95 @@
+"""The training step: a pure function of state and batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from mtl_jax.data.batch import Batch
+from mtl_jax.optim import conflict_rate, cosine_similarity
+from mtl_jax.train.gradients import Evaluation, GradientFunction
+from mtl_jax.train.state import TrainState
+
+Metrics = Mapping[str, Array]
+"""Flat names ``task/metric`` (``all/metric`` for the whole) -> arrays."""
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    gradient_function: GradientFunction,
+    optimizer: optax.GradientTransformation,
+    task_names: tuple[str, ...],
+) -> Step:
+    """One step of training.
+
+    Args:
+      gradient_function: From `mtl_jax.train.gradients`, perhaps made
+        sharpness-aware.
+      optimizer: Optax chain that turns the aggregated gradient into an update.
+      task_names: Names of the tasks in order, for the metrics.
+
+    Returns:
+      A pure function ``(state, batch) -> (state, metrics)``, to be jitted.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        evaluation, gradient = gradient_function(
+            state.params, batch, key, state.aggregator_state
+        )
+        updates, optimizer_state = optimizer.update(
+            gradient, state.optimizer_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            **task_metrics(evaluation, task_names),
+            "all/loss": jnp.sum(evaluation.losses),
+            "all/auxiliary_loss": evaluation.auxiliary_loss,
+            "all/gradient_norm": optax.tree.norm(gradient),
+            "all/update_norm": optax.tree.norm(updates),
+            "all/parameter_norm": optax.tree.norm(params),
+            "all/learning_rate": optax.tree.get(
+                optimizer_state,
+                "learning_rate",
+                filtering=lambda _, value: isinstance(value, jax.Array),
+            ),
+        }
+        state = TrainState(
+            state.step + 1,
+            params,  # type: ignore[arg-type]
+            evaluation.aggregator_state,
+            optimizer_state,
+            state.key,
+        )
+        return state, {k: v for k, v in metrics.items() if v is not None}
+
+    return step
+
+
+def task_metrics(
+    evaluation: Evaluation, task_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Losses, gradient geometry and router statistics by flat name."""
+    norms = jnp.sqrt(jnp.diagonal(evaluation.gramian))
+    weights = optax.tree.get(evaluation.aggregator_state, "weights")
+    metrics: dict[str, Any] = {
+        "all/cosine": cosine_similarity(evaluation.gramian),
+        "all/conflict_rate": conflict_rate(evaluation.gramian, evaluation.active),
+    }
+    for k, task in enumerate(task_names):
+        metrics[f"{task}/loss"] = evaluation.losses[k]
+        metrics[f"{task}/gradient_norm"] = norms[k]
+        if weights is not None:
+            metrics[f"{task}/weight"] = weights[k]
+        blocks = evaluation.statistics[task]
+        for block, statistics in blocks.items():
+            metrics[f"{task}/expert_load/{block}"] = statistics["load"]
+        if blocks:
+            metrics[f"{task}/dropped_tokens"] = jnp.mean(
+                jnp.stack([statistics["dropped"] for statistics in blocks.values()])
+            )
+    return metrics

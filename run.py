@@ -1,0 +1,6 @@
+"""Runs the command line from a source tree: ``python run.py train CONFIG ...``."""
+
+from mtl_jax.cli import main
+
+if __name__ == "__main__":
+    main()
