@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -26,6 +26,9 @@ PALETTE = (
     "#7A6A00",
 )
 MARKERS = "os^Dv<>"
+DASHES = ("-", "--", "-.", ":")
+LEVEL_DASHES = {"constant predictor": "--", "baseline": ":"}
+MAX_LINES_OVER_LEGEND = 4
 INK = "#333333"
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -94,6 +97,11 @@ def binned(
     return steps[edges[1:] - 1], means
 
 
+def shortened(name: str, max_length: int = 22) -> str:
+    """A name that leaves room for the figure it labels."""
+    return name if len(name) <= max_length else name[: max_length - 1] + "…"
+
+
 def loss_panels(run: Run) -> list[Image]:
     """Training and test loss of each task over the steps, on a logarithmic axis."""
     panels = []
@@ -113,7 +121,7 @@ def metric_panels(run: Run, baselines: Values | None = None) -> list[Image]:
         line = Line("", *run.series(f"{row.task}/{row.metric}"), marked=True)
         if not np.isfinite(line.values).any():
             continue
-        levels = {
+        known = {
             "constant predictor": row.constant_predictor,
             "baseline": (baselines or {}).get(row.key),
         }
@@ -122,20 +130,20 @@ def metric_panels(run: Run, baselines: Values | None = None) -> list[Image]:
                 f"{row.task}: {row.metric}",
                 [line],
                 alt=f"Test {row.metric} of {row.task}",
-                levels={name: level for name, level in levels.items() if level},
+                levels={name: v for name, v in known.items() if v is not None},
             )
         )
     return panels
 
 
-def gradient_norm_panel(run: Run) -> Image | None:
+def gradient_norm_panels(run: Run) -> list[Image]:
     """The norm of each task's gradient over the steps, on a logarithmic axis."""
     lines = [Line(task, *run.series(f"{task}/gradient_norm")) for task in run.tasks]
     lines = [line for line in lines if (line.values > 0).any()]
     if not lines:
-        return None
+        return []
     title = "gradient norm by task"
-    return line_panel(title, lines, alt="Norm of each task's gradient", log=True)
+    return [line_panel(title, lines, alt="Norm of each task's gradient", log=True)]
 
 
 def line_panel(
@@ -152,7 +160,7 @@ def line_panel(
       title: The panel's title.
       lines: What to draw, at least one line.
       alt: The beginning of the text alternative; the first and last values are added.
-      levels: Horizontal reference lines by name.
+      levels: Horizontal reference lines by name, a key of ``LEVEL_DASHES``.
       log: Use a logarithmic vertical axis.
 
     Returns:
@@ -160,26 +168,29 @@ def line_panel(
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=PANEL_INCHES, layout="constrained")
-        axes = figure.add_subplot(title=title, xlabel="step")
+        axes = figure.add_subplot(title=shortened(title, 44), xlabel="step")
         for index, line in enumerate(lines):
             _draw_line(axes, line, index)
-        for (name, level), style in zip(
-            (levels or {}).items(), ("--", ":"), strict=False
-        ):
-            axes.axhline(level, color=INK, linestyle=style, linewidth=1.2, label=name)
+        for name, level in (levels or {}).items():
+            dashes = LEVEL_DASHES[name]
+            axes.axhline(level, color=INK, linestyle=dashes, linewidth=1.2, label=name)
         if log:
             axes.set_yscale("log", nonpositive="mask")
             axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
             axes.yaxis.set_minor_formatter(FuncFormatter(_plain_if_narrow(axes)))
+        axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(ncols=2 if len(lines) > 4 else 1)
-        return figure_image(figure, f"{alt} over training steps. {_spoken(lines)}")
+        if len(lines) > MAX_LINES_OVER_LEGEND:
+            figure.set_figheight(PANEL_INCHES[1] + 0.2 * math.ceil(len(lines) / 3))
+            figure.legend(loc="outside lower center", ncols=3)
+        elif axes.get_legend_handles_labels()[1]:
+            axes.legend()
+        return figure_image(figure, f"{alt} over training steps: {_spoken(lines)}")
 
 
 def _draw_line(axes: Axes, line: Line, index: int) -> None:
     """Draws one line, with the raw values faint behind its means if there are many."""
-    color = PALETTE[index % len(PALETTE)]
+    color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
     steps, values = binned(line.steps, line.values)
     if len(steps) < len(line.steps):
         axes.plot(line.steps, line.values, color=color, alpha=0.18, linewidth=0.7)
@@ -187,12 +198,11 @@ def _draw_line(axes: Axes, line: Line, index: int) -> None:
         steps,
         values,
         color=color,
+        linestyle=DASHES[index // len(PALETTE) % len(DASHES)],
         linewidth=1.6,
-        marker=MARKERS[index % len(MARKERS)]
-        if line.marked or len(steps) == 1
-        else None,
+        marker=marker if line.marked or len(steps) == 1 else None,
         markersize=3.5,
-        label=line.label or None,
+        label=shortened(line.label) or None,
     )
 
 
@@ -204,7 +214,7 @@ def _spoken(lines: Sequence[Line]) -> str:
         if finite.size:
             first, last = format_value(finite[0]), format_value(finite[-1])
             parts.append(f"{line.label or 'value'} from {first} to {last}")
-    return "; ".join(parts).capitalize() + "."
+    return "; ".join(parts) + "."
 
 
 def _plain_number(value: float, _position: int = 0) -> str:
@@ -212,13 +222,14 @@ def _plain_number(value: float, _position: int = 0) -> str:
     return f"{value:g}" if 1e-4 <= abs(value) < 1e5 else f"{value:.0e}"
 
 
-def _plain_if_narrow(axes: Axes):
-    """Labels minor ticks only on axes that span less than a decade and a half."""
+def _plain_if_narrow(axes: Axes) -> Callable[[float, int], str]:
+    """Labels a few minor ticks of an axis that spans less than two decades."""
 
     def label(value: float, position: int = 0) -> str:
         low, high = axes.get_ylim()
         leading = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
-        narrow = high / low < 30 and leading in ((2, 3, 5) if high / low < 10 else (3,))
+        labelled = (2, 3, 5) if high / low < 10 else (3,)
+        narrow = high / low < 100 and leading in labelled
         return _plain_number(value, position) if narrow else ""
 
     return label

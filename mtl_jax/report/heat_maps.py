@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from mtl_jax.report.curves import STYLE, binned
+from mtl_jax.report.curves import STYLE, binned, shortened
 from mtl_jax.report.images import Image, figure_image
 from mtl_jax.report.run_folder import Run
 
@@ -16,6 +16,8 @@ from mtl_jax.report.run_folder import Run
 DIVERGING = "PuOr_r"
 SEQUENTIAL = "Blues"
 MAX_COLUMNS = 120
+MAX_PAIRS = 24
+MAX_ANNOTATED = 10
 FINAL_FRACTION = 0.1
 
 
@@ -43,16 +45,20 @@ def cosine_images(run: Run) -> list[Image]:
     pairs = list(itertools.combinations(range(len(tasks)), 2))
     rows, columns = np.array(pairs).T
     pair_cosines = cosines[:, rows, columns]
-    names = [f"{tasks[row]} · {tasks[column]}" for row, column in pairs]
+    short = [shortened(task, 16) for task in tasks]
+    names = [f"{short[row]} · {short[column]}" for row, column in pairs]
     mean = _nanmean(pair_cosines)
     conflict = _nanmean(np.where(np.isnan(pair_cosines), np.nan, pair_cosines < 0))
     matrix = np.full((len(tasks), len(tasks)), np.nan)
     shares = matrix.copy()
     matrix[rows, columns] = matrix[columns, rows] = mean
     shares[rows, columns] = shares[columns, rows] = conflict
+    strongest = np.sort(np.argsort(-np.abs(np.nan_to_num(mean)))[:MAX_PAIRS])
     return [
         _mean_cosine_image(tasks, matrix, shares, names, mean),
-        _cosine_course_image(steps, pair_cosines, names),
+        _cosine_course_image(
+            steps, pair_cosines[:, strongest], [names[pair] for pair in strongest]
+        ),
     ]
 
 
@@ -94,28 +100,35 @@ def _mean_cosine_image(
 ) -> Image:
     """The task-by-task matrix of mean cosines, annotated with conflict shares."""
     limit = _symmetric_limit(matrix)
-    size = 1.6 + 0.72 * len(tasks)
+    annotated = len(tasks) <= MAX_ANNOTATED
+    size = 1.4 + min(0.54 * len(tasks), 5.0)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+        figure = Figure(figsize=(size, size - 0.3), layout="constrained")
         axes = figure.add_subplot(title="mean over training")
         image = axes.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit)
         _name_cells(axes, tasks, tasks)
-        for row, column in np.argwhere(np.isfinite(matrix)):
+        for row, column in np.argwhere(np.isfinite(matrix)) if annotated else ():
             value = matrix[row, column]
             text = f"{value:+.2f}\n{shares[row, column]:.0%}".replace("-", "−")
             color = "white" if abs(value) > 0.62 * limit else "black"
             axes.text(
                 column, row, text, ha="center", va="center", fontsize=8, color=color
             )
-        figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
+        if not annotated:
+            figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
         spoken = ", ".join(
             f"{name} {value:+.2f}" for name, value in zip(names, mean, strict=True)
         )
         return figure_image(
             figure,
             f"Heat map of the mean cosine between task gradients: {spoken}.",
-            "Mean cosine of each pair of task gradients; below it the share of steps "
-            "in which the pair conflicts (cosine below zero).",
+            "Mean cosine of each pair of task gradients; purple below zero, orange "
+            "above."
+            + (
+                " The percentage is the share of steps in which the pair conflicts."
+                if annotated
+                else ""
+            ),
         )
 
 
@@ -149,7 +162,8 @@ def _cosine_course_image(
             f"Heat strip of the cosine of {len(names)} pairs of task gradients over "
             f"steps {steps[0]:,} to {steps[-1]:,}; purple below zero, orange above.",
             "The same cosines step by step. Purple: the pair conflicts; orange: it "
-            "agrees; grey: one of the two tasks had no label.",
+            "agrees; grey: one of the two tasks had no label. At most "
+            f"{MAX_PAIRS} pairs are shown, those with the largest mean.",
         )
 
 
@@ -161,7 +175,7 @@ def _expert_image(block: str, by_task: dict[str, np.ndarray], high: float) -> Im
     annotated = num_experts <= 8
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 1.25 + 0.34 * len(tasks)), layout="constrained")
-        axes = figure.add_subplot(title=block, xlabel="expert")
+        axes = figure.add_subplot(title=shortened(block, 44), xlabel="expert")
         image = axes.imshow(loads, cmap=SEQUENTIAL, vmin=0, vmax=high, aspect="auto")
         experts = tuple(map(str, range(num_experts)))
         _name_cells(axes, tasks, experts, tilted=False)
@@ -196,8 +210,9 @@ def _name_cells(
 ) -> None:
     """Labels a matrix's rows and columns and draws white lines between its cells."""
     rotation = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(columns)), columns, **(rotation if tilted else {}))
-    axes.set_yticks(range(len(rows)), rows)
+    labels = [shortened(name, 16) for name in columns]
+    axes.set_xticks(range(len(columns)), labels, **(rotation if tilted else {}))
+    axes.set_yticks(range(len(rows)), [shortened(name, 16) for name in rows])
     axes.xaxis.set_minor_locator(
         FixedLocator([n - 0.5 for n in range(1, len(columns))])
     )

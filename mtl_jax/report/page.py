@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from mtl_jax.report.curves import gradient_norm_panel, loss_panels, metric_panels
+from mtl_jax.report.curves import gradient_norm_panels, loss_panels, metric_panels
 from mtl_jax.report.delta_m import OVER_METRICS, OVER_TASKS
 from mtl_jax.report.heat_maps import cosine_images, expert_images
 from mtl_jax.report.quantities import (
@@ -78,7 +78,8 @@ def report_context(run: Run, baselines: Baselines | None) -> dict[str, Any]:
         "run": run,
         "result": result,
         "method": _method(result),
-        "wall_time": duration_text(result.get("wall_time_seconds")),
+        "device": result.get("device"),
+        "wall_time": _wall_time(result),
         "rows": [_table_row(row, values) for row in rows],
         "baselines": baselines,
         "delta_m": _delta_m(rows, baselines),
@@ -88,7 +89,7 @@ def report_context(run: Run, baselines: Baselines | None) -> dict[str, Any]:
         "losses": loss_panels(run),
         "metrics": metric_panels(run, values),
         "cosines": cosine_images(run),
-        "gradient_norms": gradient_norm_panel(run),
+        "gradient_norms": gradient_norm_panels(run),
         "conflict_rate": _mean_share(conflict),
         "experts": expert_images(run),
         "dropped_tokens": _dropped_tokens(run),
@@ -209,6 +210,12 @@ def _mean_share(values: np.ndarray) -> str:
     """The mean of what is logged, as a percentage; empty if nothing is."""
     finite = values[np.isfinite(values)]
     return share_text(float(finite.mean())) if finite.size else ""
+
+
+def _wall_time(result: Mapping[str, Any]) -> str:
+    """How long the run took; empty where that wasn't recorded."""
+    seconds = result.get("wall_time_seconds")
+    return "" if seconds is None else duration_text(seconds)
 
 
 def _method(result: Mapping[str, Any]) -> str:

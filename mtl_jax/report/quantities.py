@@ -7,9 +7,10 @@ def count_text(count: float | None) -> str:
     """A count in full below a million, else with three digits and a prefix."""
     if count is None:
         return NOT_MEASURED
+    rounded = float(f"{count:.3g}")
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {prefix}"
+        if rounded >= size:
+            return f"{rounded / size:.3g} {prefix}"
     return f"{count:,.0f}"
 
 

@@ -216,7 +216,12 @@ def delta_m(rows: Sequence[Row], baselines: Values) -> DeltaM:
     usable = [
         row for row in rows if row.value is not None and baselines.get(row.key, 0) > 0
     ]
-    left_out = [f"{row.task}/{row.metric}" for row in rows if row not in usable]
+    used = {row.task for row in usable}
+    left_out = dict.fromkeys(
+        f"{row.task}/{row.metric}" if row.task in used else row.task
+        for row in rows
+        if row not in usable
+    )
     reason = (
         f"without {', '.join(left_out)} (no value, or no positive baseline)"
         if left_out

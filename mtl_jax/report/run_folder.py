@@ -196,7 +196,7 @@ def _read_samples(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         return {}
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as data, np.load(data, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise ValueError(

@@ -236,7 +236,7 @@ def _dense_task(run: Run, source: str, task: str) -> DenseTask:
         bottom, top = _value_range(targets, predictions)
         legend = ()
         colored = [value_pixels(array, bottom, top) for array in (targets, predictions)]
-        low, high = format_value(bottom), format_value(top)
+        low, high = (f"{end:.3g}".replace("-", "−") for end in (bottom, top))
         ramp = value_pixels(np.linspace(0, 1, 64)[None], 0.0, 1.0)
         scale = pixel_image(ramp, f"Colour scale from {low} to {high}")
         unlabelled = np.isnan(targets)

@@ -155,7 +155,7 @@ def make_run(tmp_path):
                             "higher_is_better": True,
                             "constant_predictor": TASKS[task][2],
                         },
-                        "loss": {
+                        "error": {
                             "value": 0.2 / scale,
                             "higher_is_better": False,
                             "constant_predictor": None,
