@@ -29,8 +29,9 @@ def load_arrays(
     path = folder / name
     remedy = "reinstall mtl_jax, or build the file again by tools/build_arrays.py"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in shapes}
+        # Opened here: NumPy leaves a file open in which it finds damage.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            arrays = {key: content[key] for key in shapes}
     except Exception as error:
         # A damaged file raises a different error for each place of the damage.
         raise ValueError(
