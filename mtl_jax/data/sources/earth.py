@@ -7,9 +7,10 @@ land. The rest is ocean, which would drown the tasks.
 
 Tiles are split by place. Blocks of 112 x 112 pixels (14.9°) divide the globe into 10
 rows and 24 columns; the 20 blocks whose ``(column + 7 row) mod 12`` is 2, two in each
-row and on opposite sides of the globe, are for the test. Of the twelve such patterns
-this one comes nearest to the climates of all land. Test tiles lie inside these blocks,
-training tiles neither overlap nor border them, and tiles across an edge are dropped.
+row and on opposite sides of the globe, are for the test. Of the twelve such patterns,
+among those with 200 test tiles, this one comes nearest to the climates of all land.
+Test tiles lie inside these blocks, training tiles neither overlap nor border them, and
+tiles across an edge are dropped.
 """
 
 import dataclasses
