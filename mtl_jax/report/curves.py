@@ -99,7 +99,11 @@ def binned(
 
 def shortened(name: str, max_length: int = 22) -> str:
     """A name that leaves room for the figure it labels."""
-    return name if len(name) <= max_length else name[: max_length - 1] + "…"
+    if len(name) <= max_length:
+        return name
+    # Names of one family differ at their ends more often than in between.
+    tail = (max_length - 1) // 2
+    return f"{name[: max_length - 1 - tail]}…{name[-tail:]}"
 
 
 def loss_panels(run: Run) -> list[Image]:
@@ -181,8 +185,10 @@ def line_panel(
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if len(lines) > MAX_LINES_OVER_LEGEND:
-            figure.set_figheight(PANEL_INCHES[1] + 0.2 * math.ceil(len(lines) / 3))
-            figure.legend(loc="outside lower center", ncols=3)
+            columns = 3 if max(len(line.label) for line in lines) <= 12 else 2
+            rows = math.ceil(len(lines) / columns)
+            figure.set_figheight(PANEL_INCHES[1] + 0.2 * rows)
+            figure.legend(loc="outside lower center", ncols=columns)
         elif axes.get_legend_handles_labels()[1]:
             axes.legend()
         return figure_image(figure, f"{alt} over training steps: {_spoken(lines)}")

@@ -162,8 +162,12 @@ def _cosine_course_image(
             f"Heat strip of the cosine of {len(names)} pairs of task gradients over "
             f"steps {steps[0]:,} to {steps[-1]:,}; purple below zero, orange above.",
             "The same cosines step by step. Purple: the pair conflicts; orange: it "
-            "agrees; grey: one of the two tasks had no label. At most "
-            f"{MAX_PAIRS} pairs are shown, those with the largest mean.",
+            "agrees; grey: one of the two tasks had no label."
+            + (
+                f" Shown are the {MAX_PAIRS} pairs with the largest mean."
+                if len(names) == MAX_PAIRS
+                else ""
+            ),
         )
 
 
@@ -174,7 +178,9 @@ def _expert_image(block: str, by_task: dict[str, np.ndarray], high: float) -> Im
     num_experts = loads.shape[1]
     annotated = num_experts <= 8
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 1.25 + 0.34 * len(tasks)), layout="constrained")
+        figure = Figure(
+            figsize=(4.4, 1.25 + min(0.34 * len(tasks), 5.0)), layout="constrained"
+        )
         axes = figure.add_subplot(title=shortened(block, 44), xlabel="expert")
         image = axes.imshow(loads, cmap=SEQUENTIAL, vmin=0, vmax=high, aspect="auto")
         experts = tuple(map(str, range(num_experts)))
@@ -210,15 +216,19 @@ def _name_cells(
 ) -> None:
     """Labels a matrix's rows and columns and draws white lines between its cells."""
     rotation = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
-    labels = [shortened(name, 16) for name in columns]
-    axes.set_xticks(range(len(columns)), labels, **(rotation if tilted else {}))
-    axes.set_yticks(range(len(rows)), [shortened(name, 16) for name in rows])
+    size = 9 if len(rows) <= 16 else 6
+    for set_ticks, names, style in (
+        (axes.set_xticks, columns, rotation if tilted else {}),
+        (axes.set_yticks, rows, {}),
+    ):
+        labels = [shortened(name, 16) for name in names]
+        set_ticks(range(len(names)), labels, fontsize=size, **style)
     axes.xaxis.set_minor_locator(
         FixedLocator([n - 0.5 for n in range(1, len(columns))])
     )
     axes.yaxis.set_minor_locator(FixedLocator([n - 0.5 for n in range(1, len(rows))]))
     axes.grid(False)
-    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.grid(which="minor", color="white", linewidth=24 / max(16, len(columns)))
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
 

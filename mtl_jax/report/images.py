@@ -8,6 +8,8 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
+PIXELS_PER_INCH = 105
+
 
 @dataclasses.dataclass(frozen=True)
 class Image:
@@ -17,11 +19,14 @@ class Image:
       source: A ``data:`` URI.
       alt: The same for those who can't see it.
       caption: What is said beside it; may be empty.
+      max_width: The width in CSS pixels beyond which its text would look too large;
+        None where the page decides.
     """
 
     source: str
     alt: str
     caption: str = ""
+    max_width: int | None = None
 
 
 def figure_image(figure: Figure, alt: str, caption: str = "") -> Image:
@@ -37,7 +42,8 @@ def figure_image(figure: Figure, alt: str, caption: str = "") -> Image:
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return Image(_data_uri(buffer.getvalue()), alt, caption)
+    width = round(PIXELS_PER_INCH * figure.get_figwidth())
+    return Image(_data_uri(buffer.getvalue()), alt, caption, width)
 
 
 def pixel_image(pixels: np.ndarray, alt: str, caption: str = "") -> Image:

@@ -5,29 +5,38 @@ import pytest
 from mtl_jax.report import write_comparison, write_report
 
 
-@pytest.fixture(params=["report", "comparison", "plain"])
-def page(request, make_run):
-    main = make_run("main")
-    if request.param == "plain":
-        plain = make_run("single", tasks=("digit",), dense_trunk=True, samples=False)
-        return write_report(plain)
+def report(make_run):
     single = make_run("surface_only", tasks=("surface",), dense_trunk=True, seed=1)
-    if request.param == "report":
-        return write_report(main, [single])
-    return write_comparison([main, single], main.parent / "compare.html")
+    return write_report(make_run("main"), [single])
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_page_is_whole_quiet_and_fits(browser, page, width):
+def plain_report(make_run):
+    run = make_run("single", tasks=("digit",), dense_trunk=True, samples=False)
+    return write_report(run)
+
+
+def comparison(make_run):
+    tasks = ("surface", "digit")
+    runs = [make_run(f"a_long_run_name_{n}", tasks=tasks, seed=n) for n in range(6)]
+    return write_comparison(runs, runs[0].parent / "compare.html")
+
+
+@pytest.mark.parametrize("make_page", [report, plain_report, comparison])
+def test_page_is_whole_quiet_and_fits(browser, make_run, make_page):
+    page = make_page(make_run)
+    for width in (390, 1280):
+        check_page(browser, page, width)
+
+
+def check_page(browser, page, width):
     browser.open(page, width)
 
     assert browser.seen("Runtime.exceptionThrown") == []
     assert browser.seen("Log.entryAdded") == []
-    urls = [
-        event["request"]["url"] for event in browser.seen("Network.requestWillBeSent")
-    ]
-    outside = [url for url in urls if not url.startswith("data:")]
-    assert outside == [page.resolve().as_uri()]
+    requests = browser.seen("Network.requestWillBeSent")
+    urls = [event["request"]["url"] for event in requests]
+    asked_for = [url for url in urls if not url.startswith("data:")]
+    assert asked_for == [page.resolve().as_uri()]
 
     widths = browser.evaluate("[...document.images].map(image => image.naturalWidth)")
     assert widths
@@ -46,13 +55,8 @@ def test_page_is_whole_quiet_and_fits(browser, page, width):
     assert sticking_out == []
 
 
-def test_page_prints(browser, make_run):
-    browser.open(write_report(make_run("main")), 1280)
-    assert browser.pdf().startswith(b"%PDF")
-
-
-def test_page_has_a_dark_scheme(browser, make_run):
-    page = write_report(make_run("main"))
+def test_page_prints_and_has_a_dark_scheme(browser, make_run):
+    page = write_report(make_run("main", tasks=("surface", "digit"), num_steps=10))
     colors = []
     for dark in (False, True):
         browser.open(page, 390, dark=dark)
@@ -60,3 +64,18 @@ def test_page_has_a_dark_scheme(browser, make_run):
             browser.evaluate("getComputedStyle(document.body).backgroundColor")
         )
     assert colors[0] != colors[1]
+    assert browser.pdf().startswith(b"%PDF")
+
+
+def test_the_checks_can_fail(browser, tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        '<meta name="viewport" content="width=device-width">'
+        '<img src="missing.png" alt="x"><div style="width: 900px">wide</div>'
+    )
+    with pytest.raises(AssertionError):
+        check_page(browser, page, 390)
+    urls = [e["request"]["url"] for e in browser.seen("Network.requestWillBeSent")]
+    assert any(url.endswith("missing.png") for url in urls)
+    assert browser.evaluate("document.images[0].naturalWidth") == 0
+    assert browser.evaluate("document.documentElement.scrollWidth") > 390
