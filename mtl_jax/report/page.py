@@ -95,7 +95,7 @@ def report_context(run: Run, baselines: Baselines | None) -> dict[str, Any]:
         "dropped_tokens": _dropped_tokens(run),
         "dense_tasks": dense_tasks(run),
         "labelled_images": labelled_images(run),
-        "cost": _cost_cards(result.get("cost") or {}),
+        "cost": _cost_cards(run),
         "settings": _settings(result),
         "config_fields": run.config_fields,
         "versions": result.get("versions") or {},
@@ -229,13 +229,17 @@ def _method(result: Mapping[str, Any]) -> str:
     return text
 
 
-def _cost_cards(cost: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _cost_cards(run: Run) -> list[tuple[str, str]]:
     """Label and value of each cost, in the order of the page."""
+    cost = run.result.get("cost") or {}
+    timed = [timing.get("seconds_per_step") for timing in run.timings]
+    seconds = [value for value in timed if value is not None]
     return [
         ("parameters", count_text(cost.get("parameters"))),
         ("active parameters an example", count_text(cost.get("active_parameters"))),
         ("FLOPs a step", count_text(cost.get("flops_per_step"))),
         ("examples a second", rate_text(cost.get("examples_per_second"))),
+        ("median step", duration_text(float(np.median(seconds)) if seconds else None)),
         ("peak memory", bytes_text(cost.get("peak_memory_bytes"))),
         ("input stall", share_text(cost.get("input_stall"))),
         ("compilation", duration_text(cost.get("compile_seconds"))),

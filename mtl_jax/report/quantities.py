@@ -44,6 +44,8 @@ def duration_text(seconds: float | None) -> str:
     """A duration in its two largest units."""
     if seconds is None:
         return NOT_MEASURED
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -200,6 +200,10 @@ def make_run(tmp_path):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "metrics.jsonl").write_text(lines)
+        seconds = [0.3, 0.1, 0.2]
+        timings = [{"step": n, "seconds_per_step": s} for n, s in enumerate(seconds)]
+        lines = "".join(json.dumps(timing) + "\n" for timing in timings)
+        (folder / "timings.jsonl").write_text(lines)
         (folder / "result.json").write_text(json.dumps(result))
         if samples:
             np.savez(folder / "samples.npz", **_samples(random, tasks, sources))

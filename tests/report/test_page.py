@@ -40,6 +40,7 @@ def test_report_says_everything(make_run):
         "ocean land no label",
         "1.23 M",
         "peak memory not measured",
+        "median step 200 ms",
         "6 min 12 s",
         "data 1 × fsdp 1 × expert 1 × model 1",
         "model.trunk.num_experts 8",
@@ -51,6 +52,7 @@ def test_report_says_everything(make_run):
 def test_report_without_optional_parts(make_run):
     folder = make_run("single", tasks=("digit",), dense_trunk=True, samples=False)
     result = json.loads((folder / "result.json").read_text())
+    (folder / "timings.jsonl").unlink()
     for key in ("cost", "mesh", "method", "versions", "device", "wall_time_seconds"):
         del result[key]
     (folder / "result.json").write_text(json.dumps(result))
@@ -94,6 +96,7 @@ def test_report_is_reproducible_and_replaced(make_run):
         "report.html",
         "result.json",
         "samples.npz",
+        "timings.jsonl",
     ]
 
 

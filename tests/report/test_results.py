@@ -102,6 +102,7 @@ def test_delta_m_leaves_out_what_has_no_positive_baseline():
         (bytes_text, 512, "512 B"),
         (bytes_text, 3 * 2**29, "1.5 GiB"),
         (bytes_text, 1023 * 2**20, "1,023 MiB"),
+        (duration_text, 0.1234, "123 ms"),
         (duration_text, 9.97, "10 s"),
         (duration_text, 372.4, "6 min 12 s"),
         (duration_text, 59.7, "1 min 0 s"),
