@@ -10,10 +10,13 @@ import fiddle as fdl
 
 from mtl_jax import optim
 from mtl_jax.data import Component, Mixture, dihedral, random_shift
-from mtl_jax.data.sources import Digits, Earth, MultiDigits
+from mtl_jax.data.sources.digits import Digits
+from mtl_jax.data.sources.earth import Earth
+from mtl_jax.data.sources.multi_digits import MultiDigits
 from mtl_jax.layers.heads import Classification, DensePrediction
 from mtl_jax.layers.moe import MoE
 from mtl_jax.models import VisionTransformer
+from mtl_jax.sharding import Rules
 from mtl_jax.tasks import (
     Task,
     accuracy,
@@ -126,6 +129,7 @@ def main() -> fdl.Config:
         optimizer=fdl.Partial(adamw, learning_rate=2e-3),
         num_steps=700,
         mesh=fdl.Config(MeshShape, data=-1, expert=4),
+        rules=fdl.Config(Rules),
         evaluate_every=100,
         checkpoint_every=100,
         log_every=5,

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mtl_jax.report import (
     comparison_table,
+    format_table,
     results_table,
     write_comparison,
     write_report,
@@ -115,7 +116,7 @@ def _train(options: argparse.Namespace) -> None:
         print(f"{workdir} holds a finished run; nothing to train.")
     page = write_report(workdir)
     print()
-    print(results_table(result))
+    print(format_table(results_table(result)))
     print(f"\nreport: {page}")
 
 
@@ -132,7 +133,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         experiment = configuration.build(config)
         train.validate(experiment)
         step, tasks = train.evaluate_run(experiment, folder, options.step)
-    print(results_table({"tasks": tasks, "config": document["config"]}))
+    print(format_table(results_table({"tasks": tasks})))
     print(f"\ncheckpoint of step {step}")
 
 

@@ -6,23 +6,31 @@ default), and a function ``smoke`` that shrinks such a config to a run of second
 """
 
 import ast
-import dataclasses
 import difflib
 import importlib.util
 import inspect
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
-from fiddle import printing
 from fiddle.experimental import serialization
 
-TRUSTED_PACKAGES = ("mtl_jax", "optax", "flax", "jax", "fiddle", "builtins")
-"""Packages whose symbols a saved config may name without being told to."""
+TRUSTED_MODULES = (
+    *(
+        f"mtl_jax.{room}"
+        for room in ("data", "layers", "models", "optim", "sharding", "tasks", "train")
+    ),
+    "fiddle._src.config",
+    "fiddle._src.partial",
+    "flax.linen",
+    "jax.numpy",
+    "optax",
+)
+"""Modules whose symbols a saved config may name without being told to."""
 
 _BUILTINS = ("tuple", "list", "dict", "NoneType")
 
@@ -220,17 +228,44 @@ def _fits(value: Any, expected: Any) -> bool:
 
 
 def to_document(config: fdl.Config, name: str) -> dict[str, Any]:
-    """A config as JSON: readable fields, and what rebuilds it exactly."""
-    resolved = fdl.materialize_defaults(config)
-    resolved = config if resolved is None else resolved
+    """A config as JSON: readable fields, and what rebuilds it exactly.
+
+    Args:
+      config: The config.
+      name: What it is called.
+
+    Returns:
+      ``config`` (its name), ``fields`` (dotted path -> value, defaults included, and
+      path -> name of the function or class for whatever is itself configured) and
+      ``fiddle`` (Fiddle's own serialization).
+    """
     return {
         "config": full_name(name),
-        "fields": {
-            path.replace("['", ".").replace("']", ""): _readable(value)
-            for path, value in printing.as_dict_flattened(resolved).items()
-        },
-        "fiddle": json.loads(serialization.dump_json(resolved)),
+        "fields": dict(_flatten(config, "")),
+        "fiddle": json.loads(serialization.dump_json(config)),
     }
+
+
+def _flatten(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    prefix = f"{path}." if path else ""
+    if isinstance(node, fdl.Buildable):
+        function = fdl.get_callable(node)
+        if path:
+            yield path, f"{function.__module__}.{function.__qualname__}"
+        parameters = inspect.signature(function).parameters
+        for name in _names(node):
+            value = getattr(node, name, parameters[name].default)
+            yield from _flatten(value, prefix + name)
+    elif isinstance(node, Mapping):
+        for name, item in node.items():
+            yield from _flatten(item, f"{prefix}{name}")
+    elif isinstance(node, list | tuple) and any(
+        isinstance(item, fdl.Buildable) for item in node
+    ):
+        for name, item in zip(_names(node), node, strict=True):
+            yield from _flatten(item, f"{prefix}{name}")
+    else:
+        yield path, _readable(node)
 
 
 def _readable(value: Any) -> Any:
@@ -238,9 +273,7 @@ def _readable(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_readable(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return repr(value)
-    name = getattr(value, "__qualname__", None)
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
     return f"{value.__module__}.{name}" if name else repr(value)
 
 
@@ -249,13 +282,15 @@ class _TrustedPackages(serialization.PyrefPolicy):
         self._packages = tuple(packages)
 
     def allows_import(self, module: str, symbol: str) -> bool:
-        package = module.partition(".")[0]
-        if package == "builtins":
+        if module == "builtins":
             return symbol in _BUILTINS
-        return package in self._packages
+        return any(f"{module}.".startswith(f"{name}.") for name in self._packages)
 
     def allows_value(self, value: Any) -> bool:
-        return callable(value)
+        # A trusted module also holds the names that it imports from others.
+        module = getattr(value, "__module__", "")
+        name = getattr(value, "__qualname__", "")
+        return callable(value) and self.allows_import(module, name)
 
 
 def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl.Config:
@@ -274,13 +309,13 @@ def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl
     Raises:
       ValueError: If it names something else, or cannot be read.
     """
-    policy = _TrustedPackages((*TRUSTED_PACKAGES, *trust))
+    policy = _TrustedPackages((*TRUSTED_MODULES, *trust))
     try:
         return serialization.load_json(json.dumps(document["fiddle"]), policy)
     except serialization.PyrefPolicyError as error:
         raise ValueError(
             f"config.json names {error.module}.{error.symbol}, which is not in a trusted "
-            f"package ({', '.join(TRUSTED_PACKAGES)}); if you trust its author, add "
+            f"module ({', '.join(TRUSTED_MODULES)}); if you trust its author, add "
             f"--trust {error.module.partition('.')[0]}"
         ) from error
     except (KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
