@@ -49,9 +49,12 @@ class SelfAttention(nn.Module):
             ),
             bias_init=nn.with_logical_partitioning(zeros, ("heads", "kv")),
         )
-        attended = jax.nn.dot_product_attention(
-            project(name="query")(x), project(name="key")(x), project(name="value")(x)
+        query, key, value = (
+            project(name=name)(x) for name in ("query", "key", "value")
         )
+        # It takes the softmax in float32 by promoting implicitly.
+        with jax.numpy_dtype_promotion("standard"):
+            attended = jax.nn.dot_product_attention(query, key, value)
         merge = nn.DenseGeneral(
             width,
             axis=(-2, -1),

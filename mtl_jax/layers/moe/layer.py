@@ -158,10 +158,10 @@ class MoE(nn.Module):
         return logits.reshape(*groups.shape[:2], self.num_experts)
 
     def _check(self, batch: int, task: Array | int | None) -> None:
-        if batch % self.group_size:
+        if self.group_size < 1 or batch % self.group_size:
             raise ValueError(
                 f"group_size={self.group_size} does not divide the batch of {batch} "
-                "examples; choose a divisor of the batch."
+                "examples; choose a positive divisor of the batch."
             )
         if not 1 <= self.num_selected <= self.num_experts:
             raise ValueError(
