@@ -5,6 +5,7 @@ of overlapping digits; each data set is labelled for its own tasks alone.
 """
 
 import functools
+from collections.abc import Callable
 
 import fiddle as fdl
 
@@ -138,7 +139,76 @@ def main() -> fdl.Config:
     )
 
 
-VARIANTS = {"main": main}
+def shared_router() -> fdl.Config:
+    """One router for all tasks: one forward pass serves every task of a source."""
+    config = main()
+    config.trunk.num_tasks = None
+    return config
+
+
+def dense() -> fdl.Config:
+    """No experts: MLPs of the width that a token's two experts have together."""
+    config = shared_router()
+    config.trunk.moe = None
+    return config
+
+
+def single_task(task: str) -> fdl.Config:
+    """One task alone, with as many updates and examples of its source as in `main`."""
+    config = shared_router()
+    source = next(name for name, tasks in TASKS.items() if task in tasks)
+    component = config.mixture.components[source]
+    component.tasks = (task,)
+    config.mixture.components = {source: component}
+    config.mixture.batch_size //= len(TASKS)
+    config.tasks = tuple(item for item in config.tasks if item.name == task)
+    return config
+
+
+def aggregated(aggregator: Callable) -> fdl.Config:
+    """`main` with another aggregator of task gradients."""
+    config = main()
+    config.aggregator = fdl.Partial(aggregator)
+    return config
+
+
+def features() -> fdl.Config:
+    """Task gradients at the features of a shared trunk, combined by UPGrad."""
+    config = shared_router()
+    config.aggregator = fdl.Partial(optim.upgrad)
+    config.gradients_at = "features"
+    return config
+
+
+def sharpness() -> fdl.Config:
+    """`main` with sharpness-aware gradients."""
+    config = main()
+    config.sharpness = fdl.Partial(optim.sharpness_aware, rho=0.05)
+    return config
+
+
+VARIANTS = {
+    "main": main,
+    "shared_router": shared_router,
+    "dense": dense,
+    **{
+        function.__name__: functools.partial(aggregated, function)
+        for function in (
+            optim.sum,
+            optim.pcgrad,
+            optim.cagrad,
+            optim.mgda,
+            optim.upgrad,
+        )
+    },
+    "features": features,
+    "sharpness": sharpness,
+    **{
+        f"single_{task}": functools.partial(single_task, task)
+        for tasks in TASKS.values()
+        for task in tasks
+    },
+}
 
 
 def smoke(config: fdl.Config) -> None:

@@ -16,6 +16,7 @@ from mtl_jax.data.batch import Batch
 from mtl_jax.data.mixture import stack_records
 from mtl_jax.sharding import make_mesh, param_shardings, spec
 from mtl_jax.train.experiment import Experiment, MeshShape
+from mtl_jax.train.flops import count_flops
 from mtl_jax.train.gradients import GradientFunction, at_features, at_params
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.state import TrainState
@@ -87,11 +88,10 @@ class Program:
         )
         return init(jax.random.key(self.experiment.seed))
 
-    def compile_step(self) -> tuple[Callable, float]:
+    def compile_step(self) -> tuple[Callable, int]:
         """The compiled step ``(state, batch) -> (state, metrics)`` and its FLOPs.
 
-        The state is donated. FLOPs are those of the whole step on all devices, as
-        XLA counts them before optimisation.
+        The state is donated. FLOPs are those of a whole step on all devices.
         """
         state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -101,11 +101,10 @@ class Program:
             self.state_shardings,
         )
         with self.scope():
-            lowered = jax.jit(
+            traced = jax.jit(
                 self.step, donate_argnums=0, out_shardings=(self.state_shardings, None)
-            ).lower(state, self.abstract_batch())
-            flops = (lowered.cost_analysis() or {}).get("flops", math.nan)
-            return lowered.compile(), float(flops)
+            ).trace(state, self.abstract_batch())
+            return traced.lower().compile(), count_flops(traced.jaxpr)
 
 
 def build_program(
