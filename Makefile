@@ -1,0 +1,51 @@
+SHELL := bash
+BIN := .venv/bin
+
+# The newest interpreter that runs and can make a virtual environment: a name on the
+# path alone is no proof, as version managers put shims there.
+CHECK := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
+	$$name -c "$(CHECK)" >/dev/null 2>&1 && echo $$name && break; done)
+
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PROCESSES := auto
+
+.PHONY: help demo test docs clean
+
+help:
+	@echo "make demo    train the main job on data that ships with the project"
+	@echo "make test    check and test everything"
+	@echo "make docs    build the documentation in site/"
+	@echo "make clean   remove .venv and what was built"
+
+demo: $(BIN)/.run
+	$(BIN)/python run.py train earth_digits --workdir runs/earth_digits
+
+test: $(BIN)/.test
+	tools/ensure_browser.sh
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile
+
+docs: $(BIN)/.test
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv site build dist
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Install Python 3.11 or later, with venv (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(BIN)/.run: pyproject.toml | $(BIN)/python
+	@echo "Installing into .venv; this takes a minute or two the first time."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(BIN)/.test: pyproject.toml | $(BIN)/python
+	@echo "Installing into .venv; this takes a minute or two the first time."
+	$(INSTALL) --editable '.[test]'
+	@touch $@
