@@ -34,7 +34,6 @@ class Block(nn.Module):
         self,
         x: Float[Array, "batch tokens width"],
         task: Int[Array, ""] | None,
-        *,
         train: bool,
     ) -> Float[Array, "batch tokens width"]:
         """The block's output for the tokens of a batch."""
@@ -115,7 +114,8 @@ class VisionTransformer(nn.Module):
         )(images)
         batch, rows, columns, _ = x.shape
         x = x.reshape(batch, rows * columns, self.width)
-        block = nn.remat(Block, static_argnums=()) if self.remat else Block
+        # Whether to train (argument 3) decides what is traced: it stays a Python bool.
+        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for i in range(self.depth):
             x = block(
                 num_heads=self.num_heads,
@@ -124,6 +124,6 @@ class VisionTransformer(nn.Module):
                 num_tasks=self.num_tasks,
                 dtype=self.dtype,
                 name=f"block_{i}",
-            )(x, task, train=train)
+            )(x, task, train)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         return x.reshape(batch, rows, columns, self.width)
