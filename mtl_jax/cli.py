@@ -27,10 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.command(options)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mtl-jax", description="Multitask learning at scale in JAX."
-    )
+    parser = _Parser(prog="mtl-jax", description="Multitask learning at scale in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a config, or continue its run")
@@ -63,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, metavar="DIR")
     report.add_argument(
-        "--baselines", type=Path, nargs="*", default=[], metavar="DIR",
+        "--baselines",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="DIR",
         help="single-task runs to compare with",
     )
     report.set_defaults(command=_report)
@@ -73,7 +82,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="config[:variant] or a file")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="assignments",
         help="set a field by its dotted path; may be repeated",
     )
     parser.add_argument("--smoke", action="store_true", help="shrink to seconds")
@@ -94,7 +107,11 @@ def _train(options: argparse.Namespace) -> None:
         document = configuration.to_document(config, name)
         from mtl_jax import train
 
+        experiment = configuration.build(config)
+        train.validate(experiment)
+        train.build_program(experiment)
         workdir = options.workdir or Path("runs") / name.replace(":", "-")
+        # Made only now: a mistake leaves no folder behind.
         folder = train.RunFolder(workdir)
         saved = folder.read_json("config.json")
         if saved is not None:
@@ -105,16 +122,13 @@ def _train(options: argparse.Namespace) -> None:
                     f"--workdir, or undo these differences: {'; '.join(changed)}"
                 )
         result = folder.read_json("result.json")
-        if result is None:
-            experiment = configuration.build(config)
-            train.validate(experiment)
-            train.build_program(experiment)
     if result is None:
         folder.write_json("config.json", document)
         result = train.train(experiment, folder, name)
     else:
         print(f"{workdir} holds a finished run; nothing to train.")
-    page = write_report(workdir)
+    with _user_errors():
+        page = write_report(workdir)
     print()
     print(format_table(results_table(result)))
     print(f"\nreport: {page}")

@@ -67,16 +67,21 @@ def load_config(name: str, *, smoke: bool = False) -> fdl.Config:
     path = Path(stem) if stem.endswith(".py") else config_folder() / f"{stem}.py"
     if not path.is_file():
         raise ValueError(
-            f"unknown config {stem!r}; the known ones are {', '.join(known_configs())}, "
-            "or give the path of a .py file"
+            f"unknown config {stem!r}; the known ones are "
+            f"{', '.join(known_configs())}, or give the path of a .py file"
         )
     specification = importlib.util.spec_from_file_location(
         f"mtl_jax_config_{path.stem}", path
     )
-    assert specification and specification.loader
+    assert specification
+    assert specification.loader
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    variants: Mapping[str, Any] = module.VARIANTS
+    variants: Mapping[str, Any] = getattr(module, "VARIANTS", None) or {}
+    if not variants:
+        raise ValueError(
+            f"{path} is no config: it needs a dict VARIANTS from names to functions"
+        )
     variant = variant or next(iter(variants))
     if variant not in variants:
         raise ValueError(
@@ -113,8 +118,8 @@ def override(config: fdl.Config, assignments: Sequence[str]) -> None:
     Args:
       config: The config.
       assignments: Strings ``path=value``. A path is dotted; an item of a sequence is
-        named by its index or its ``name``. A value is a Python literal or else a
-        string.
+        named by its ``name``, or its index if it has none. A value is a Python
+        literal or else a string.
 
     Raises:
       ValueError: If a path or a value does not fit; the message names the nearest.
@@ -150,9 +155,13 @@ def _is_module(function: Any) -> bool:
 
 def _unknown(part: str, parent: str, names: Sequence[str]) -> ValueError:
     nearest = difflib.get_close_matches(part, names, n=1, cutoff=0.0)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    hint = (
+        f"; did you mean {nearest[0]!r}? Its fields: {', '.join(names)}"
+        if nearest
+        else ": it has no fields; set it as a whole"
+    )
     where = f"{parent!r} has" if parent else "the config has"
-    return ValueError(f"{where} no field {part!r}{hint} Its fields: {', '.join(names)}")
+    return ValueError(f"{where} no field {part!r}{hint}")
 
 
 def _child(node: Any, part: str, parent: str) -> Any:
@@ -187,9 +196,7 @@ def _assign(node: Any, name: str, text: str, path: str) -> None:
 def _hints(function: Any) -> dict[str, Any]:
     target = function.__init__ if not inspect.isclass(function) else function
     try:
-        return typing.get_type_hints(
-            target if inspect.isclass(function) else function
-        )
+        return typing.get_type_hints(target if inspect.isclass(function) else function)
     except NameError:
         return {}
 
@@ -219,12 +226,20 @@ def _fits(value: Any, expected: Any) -> bool:
     if expected in (None, type(None)):
         return value is None
     if origin is tuple or expected is tuple:
-        return isinstance(value, tuple)
+        return isinstance(value, tuple) and _items_fit(value, arguments)
     if expected is bool or isinstance(value, bool):
         return expected is bool and isinstance(value, bool)
     if expected in (int, float, str):
         return type(value) is expected
     return False
+
+
+def _items_fit(items: tuple, expected: tuple) -> bool:
+    if not expected:
+        return True
+    if expected[-1] is Ellipsis:
+        return all(_fits(item, expected[0]) for item in items)
+    return len(items) == len(expected) and all(map(_fits, items, expected))
 
 
 def to_document(config: fdl.Config, name: str) -> dict[str, Any]:
@@ -290,6 +305,9 @@ class _TrustedPackages(serialization.PyrefPolicy):
         # A trusted module also holds the names that it imports from others.
         module = getattr(value, "__module__", "")
         name = getattr(value, "__qualname__", "")
+        if module == "jax.numpy" and not isinstance(value, type):
+            # Of its symbols only dtypes: some of its functions read (pickled) files.
+            return False
         return callable(value) and self.allows_import(module, name)
 
 
@@ -314,8 +332,8 @@ def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl
         return serialization.load_json(json.dumps(document["fiddle"]), policy)
     except serialization.PyrefPolicyError as error:
         raise ValueError(
-            f"config.json names {error.module}.{error.symbol}, which is not in a trusted "
-            f"module ({', '.join(TRUSTED_MODULES)}); if you trust its author, add "
+            f"config.json names {error.module}.{error.symbol}, which is not in a "
+            f"trusted module ({', '.join(TRUSTED_MODULES)}); if you trust its author, add "
             f"--trust {error.module.partition('.')[0]}"
         ) from error
     except (KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
@@ -324,7 +342,7 @@ def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Lines ``path: saved -> wanted`` for the fields in which two documents differ."""
-    old, new = saved.get("fields", {}), json.loads(json.dumps(wanted["fields"]))
+    old, new = saved.get("fields") or {}, json.loads(json.dumps(wanted["fields"]))
     return [
         f"{path}: {old.get(path, '(unset)')!r} -> {new.get(path, '(unset)')!r}"
         for path in sorted({*old, *new})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,17 +69,19 @@ class Mixture:
           The shares, without the sources of weight 0.
 
         Raises:
-          ValueError: If weights are negative or all 0, the temperature is not
+          ValueError: If weights are negative, infinite or all 0, the temperature is not
             positive, or the batch is too small to give every source a share.
         """
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(
                 f"mixture.temperature is {self.temperature}; it must be positive"
             )
         weights = {name: c.weight for name, c in self.components.items()}
-        if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
+        finite = all(0 <= weight < math.inf for weight in weights.values())
+        if not finite or not any(weights.values()):
             raise ValueError(
-                f"mixture weights are {weights}; they must be at least 0 and not all 0"
+                f"mixture weights are {weights}; they must be finite, at least 0 and "
+                "not all 0"
             )
         names = [name for name, weight in weights.items() if weight > 0]
         units, remainder = divmod(self.batch_size, multiple_of)
@@ -88,7 +91,9 @@ class Mixture:
                 f"{multiple_of} (devices and routing groups) and at least "
                 f"{multiple_of * len(names)} for the {len(names)} sources in use"
             )
-        share = np.array([weights[name] for name in names]) ** (1 / self.temperature)
+        share = np.array([weights[name] for name in names])
+        # Over the largest, so that no power of it overflows.
+        share = (share / share.max()) ** (1 / self.temperature)
         exact = share / share.sum() * units
         quota = np.maximum(1, np.floor(exact)).astype(int)
         while quota.sum() < units:
@@ -161,9 +166,7 @@ def training_batches(
         _shuffled(mixture.components[name], _seed(seed, name)) for name in shares
     ]
     return iter(
-        grain.MapDataset.select_from_datasets(
-            parents, _FixedShares([*shares.values()])
-        )
+        grain.MapDataset.select_from_datasets(parents, _FixedShares([*shares.values()]))
         .batch(sum(shares.values()), batch_fn=collate)
         .to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)

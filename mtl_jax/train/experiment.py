@@ -142,9 +142,10 @@ def _check_numbers(experiment: Experiment) -> None:
         "checkpoint_every",
         "log_every",
         "evaluation_batch_size",
+        "evaluation_examples",
     ):
         value = getattr(experiment, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if experiment.gradients_at not in ("params", "features"):
         raise ValueError(
@@ -155,7 +156,9 @@ def _check_numbers(experiment: Experiment) -> None:
 def _check_labels(experiment: Experiment) -> None:
     names = [task.name for task in experiment.tasks]
     if len(set(names)) < len(names) or not names:
-        raise ValueError(f"tasks are {names}; give at least one, each with its own name")
+        raise ValueError(
+            f"tasks are {names}; give at least one, each with its own name"
+        )
     labelled = {task for tasks in experiment.labels.values() for task in tasks}
     for task in experiment.tasks:
         if task.name not in labelled:
@@ -198,19 +201,30 @@ def _check_trunk(experiment: Experiment) -> None:
             f"{len(experiment.tasks)} tasks; make them equal, or use None for a "
             "trunk that the tasks share"
         )
+    if experiment.group_size < 1:
+        raise ValueError(
+            f"trunk.moe.group_size is {experiment.group_size}; it must be at least 1"
+        )
     if experiment.evaluation_batch_size % experiment.group_size:
         raise ValueError(
-            f"evaluation_batch_size is {experiment.evaluation_batch_size}; it must be a "
-            f"multiple of the routing group of {experiment.group_size} examples"
+            f"evaluation_batch_size is {experiment.evaluation_batch_size}; it must be "
+            f"a multiple of the routing group of {experiment.group_size} examples"
         )
 
 
 def _check_heads(experiment: Experiment) -> None:
     """Compares the shape of every prediction with the labels it is to be judged by."""
     model, key = experiment.model, jax.random.key(0)
-    params = nn.unbox(
-        jax.eval_shape(lambda key: model.init(key, experiment.inputs), key)
-    )
+    try:
+        params = nn.unbox(
+            jax.eval_shape(lambda key: model.init(key, experiment.inputs), key)
+        )
+    except (ArithmeticError, TypeError) as error:
+        # What layers raise for sizes of 0 or less, and for unknown dtypes.
+        raise ValueError(
+            f"the trunk or a head cannot be built ({error}); its sizes must be at "
+            "least 1 and its dtype one that JAX has"
+        ) from error
     for task in experiment.tasks:
         for source, tasks in experiment.labels.items():
             if task.name not in tasks:

@@ -126,6 +126,15 @@ def build_program(
     devices = jax.devices() if devices is None else devices
     shape = MeshShape(1) if len(devices) == 1 else experiment.mesh
     mesh = make_mesh(**dataclasses.asdict(shape), devices=devices)
+    share_multiple = experiment.group_size * math.prod(
+        mesh.shape[a] for a in mesh.axis_names[:3]
+    )
+    experiment.mixture.examples_per_batch(share_multiple)
+    if experiment.evaluation_batch_size % share_multiple:
+        raise ValueError(
+            f"evaluation_batch_size is {experiment.evaluation_batch_size}; it must be "
+            f"a multiple of {share_multiple} (devices and routing groups)"
+        )
     num_tasks = len(experiment.tasks)
     objective = Objective(experiment.model, experiment.tasks, experiment.labels)
     aggregator = experiment.aggregator(num_tasks=num_tasks)
@@ -157,7 +166,7 @@ def build_program(
         step,
         abstract_state,
         param_shardings(abstract_state, mesh, experiment.rules),
-        experiment.group_size * math.prod(mesh.shape[a] for a in mesh.axis_names[:3]),
+        share_multiple,
     )
 
 
@@ -174,10 +183,10 @@ def _sharpened(
 
 
 def count_parameters(program: Program) -> tuple[int, int]:
-    """Parameters of the model, and how many of them one example of one task uses.
+    """Parameters of the model, and how many of them one token of one task uses.
 
-    Of the experts an example's token uses ``num_selected``, of the routers that of its
-    task, of the heads the mean over tasks is not taken: all heads count as used.
+    A token uses ``num_selected`` experts of each layer and its task's router. All heads
+    count as used.
 
     Args:
       program: The program.

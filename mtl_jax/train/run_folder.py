@@ -44,10 +44,10 @@ class RunFolder:
         """A document of the run, None if it is not there.
 
         Raises:
-          ValueError: If the file is not JSON.
+          ValueError: If the file is not a JSON object.
         """
         try:
-            return json.loads((self.path / name).read_text())
+            document = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -55,6 +55,12 @@ class RunFolder:
                 f"{self.path / name} is not valid JSON ({error}); delete the run "
                 "folder or choose another"
             ) from error
+        if not isinstance(document, dict):
+            raise ValueError(
+                f"{self.path / name} is not a JSON object; delete the run folder or "
+                "choose another"
+            )
+        return document
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Adds one line of JSON to a log; numbers that are not finite become null."""
