@@ -10,6 +10,9 @@ PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROCESSES := auto
 
+export NO_MKDOCS_2_WARNING := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
 .PHONY: help demo test docs clean
 
 help:
@@ -25,7 +28,7 @@ test: $(BIN)/.test
 	tools/ensure_browser.sh
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --quiet --strict
 	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile
