@@ -71,8 +71,8 @@ def map_groups(
 ) -> Callable[..., Any]:
     """Runs a function on every device's own routing groups.
 
-    Left to itself, the partitioner gathers all tokens on every device for a top-k or
-    for a gather by computed indices. The function must treat groups independently.
+    Left to itself, the partitioner gathers all tokens on every device where rows are
+    taken by computed indices. The function must treat groups independently.
 
     Args:
       function: Takes arrays, returns a pytree of arrays.

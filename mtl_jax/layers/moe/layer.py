@@ -99,43 +99,30 @@ class MoE(nn.Module):
         capacity = dispatch.slots_per_expert(
             group_tokens, self.num_experts, self.num_selected, self.capacity_factor
         )
-        x = x.astype(self.dtype)
         groups = x.reshape(num_groups, group_tokens, width)
         logits = self._logits(groups, task)
         noise = None
         if train and self.noise_std > 0:
             noise = jax.random.normal(self.make_rng("router"), logits.shape)
 
-        def send(
-            tokens: Array, logits: Array, *noise: Array
-        ) -> tuple[Array, router.Routing, dispatch.Slots]:
-            routing = router.route(
-                logits,
-                *(noise or (None,)),
-                num_selected=self.num_selected,
-                noise_std=self.noise_std,
-            )
-            slots = dispatch.assign_slots(
-                routing.expert_index, self.num_experts, capacity
-            )
-            buffers = dispatch.dispatch(tokens, slots)
-            return buffers, routing, slots
+        routing = router.route(
+            logits, noise, num_selected=self.num_selected, noise_std=self.noise_std
+        )
 
-        inputs = (groups, logits) if noise is None else (groups, logits, noise)
-        buffers, routing, slots = expert_parallel.map_groups(
-            send,
-            in_axes=(0,) * len(inputs),
-            out_axes=(1, 0, 0),
-        )(*inputs)
+        def send(tokens: Array, expert_index: Array) -> tuple[Array, dispatch.Slots]:
+            slots = dispatch.assign_slots(expert_index, self.num_experts, capacity)
+            return dispatch.dispatch(tokens, slots), slots
+
+        buffers, slots = expert_parallel.map_groups(
+            send, in_axes=(0, 0), out_axes=(1, 0)
+        )(groups.astype(self.dtype), routing.expert_index)
         buffers = expert_parallel.exchange(buffers)
         expert = self.expert(
             hidden=self.expert_hidden, dtype=self.dtype, name="experts"
         )
         buffers = expert_parallel.exchange_back(apply_experts(expert, buffers))
         output = expert_parallel.map_groups(
-            dispatch.combine,
-            in_axes=(1, 0, 0),
-            out_axes=0,
+            dispatch.combine, in_axes=(1, 0, 0), out_axes=0
         )(buffers, routing.weight, slots)
         self._record(routing, slots)
         return output.reshape(x.shape)

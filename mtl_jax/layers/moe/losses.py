@@ -1,5 +1,7 @@
 """Auxiliary losses that spread tokens over experts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -55,5 +57,6 @@ def load_loss(
       One loss a group, as in V-MoE (Riquelme et al., 2021).
     """
     needed = (threshold[..., None] - logits) / noise_scale
-    chance = 1.0 - jax.scipy.stats.norm.cdf(needed)
+    # 1 - Φ without its cancellation in the tail.
+    chance = 0.5 * jax.lax.erfc(needed / math.sqrt(2))
     return squared_variation(jnp.mean(chance, axis=-2))

@@ -29,6 +29,23 @@ class Routing(NamedTuple):
     entropy: Float[Array, " groups"]
 
 
+def largest(
+    values: Float[Array, "*rows experts"], count: int
+) -> Int[Array, "*rows selected"]:
+    """Indices of the ``count`` largest values, the largest first.
+
+    As ``jax.lax.top_k``, for which the partitioner would gather all rows on every
+    device. The values must be finite.
+    """
+    indices = []
+    for _ in range(count):
+        index = jnp.argmax(values, axis=-1)
+        indices.append(index)
+        taken = jax.nn.one_hot(index, values.shape[-1], dtype=jnp.bool_)
+        values = jnp.where(taken, -jnp.inf, values)
+    return jnp.stack(indices, axis=-1)
+
+
 def route(
     logits: Float[Array, "groups tokens experts"],
     noise: Float[Array, "groups tokens experts"] | None,
@@ -55,7 +72,7 @@ def route(
     num_experts = logits.shape[-1]
     noise_scale = noise_std / num_experts
     noisy = logits if noise is None else logits + noise_scale * noise
-    _, expert_index = jax.lax.top_k(noisy, num_selected)
+    expert_index = largest(noisy, num_selected)
     selected = jax.nn.one_hot(expert_index, num_experts, dtype=logits.dtype)
     # Products with one-hot rows rather than gathers: their transposes would scatter.
     probabilities = jax.nn.softmax(noisy)

@@ -218,7 +218,7 @@ def test_any_module_is_an_expert():
 
 
 def test_routing_is_in_float32_whatever_the_dtype():
-    x = inputs().astype(jnp.bfloat16)
+    x = inputs()
     params = variables(layer(), x)
     exact, state = apply(layer(), params, x)
     module = layer(dtype=jnp.bfloat16)

@@ -48,6 +48,12 @@ def test_against_numpy(noisy):
         np.testing.assert_array_equal(routing.load_loss, np.zeros(3))
 
 
+def test_largest_breaks_ties_towards_the_lower_index():
+    values = jnp.array([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    expected = [[1, 2, 3, 0], [0, 1, 2, 3]]
+    np.testing.assert_array_equal(router.largest(values, 4), expected)
+
+
 def test_weights_are_not_renormalised():
     # Softmax of log (4, 3, 2, 1) is (0.4, 0.3, 0.2, 0.1).
     logits = jnp.log(jnp.array([[[4.0, 3.0, 2.0, 1.0]]]))
