@@ -333,8 +333,8 @@ def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl
     except serialization.PyrefPolicyError as error:
         raise ValueError(
             f"config.json names {error.module}.{error.symbol}, which is not in a "
-            f"trusted module ({', '.join(TRUSTED_MODULES)}); if you trust its author, add "
-            f"--trust {error.module.partition('.')[0]}"
+            f"trusted module ({', '.join(TRUSTED_MODULES)}); if you trust its author, "
+            f"add --trust {error.module.partition('.')[0]}"
         ) from error
     except (KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
         raise ValueError(f"config.json cannot be read: {error}") from error
