@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import grain
-import jax
 import orbax.checkpoint as ocp
 from grain import checkpoint as grain_checkpoint
 
@@ -69,9 +68,7 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(_as_pytree(like))  # type: ignore[call-arg]
             ),
         )
-        return jax.tree.unflatten(
-            jax.tree.structure(like), jax.tree.leaves(restored["state"])
-        )
+        return TrainState(**restored["state"])
 
     def restore_data(self, step: int, data: grain.DatasetIterator) -> None:
         """Moves ``data`` to where it stood at ``step``."""
