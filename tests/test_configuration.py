@@ -1,0 +1,349 @@
+import copy
+import functools
+import importlib.util
+import json
+import sys
+
+import fiddle as fdl
+import jax
+import pytest
+
+from mtl_jax import configuration
+from mtl_jax.configuration import (
+    differences,
+    from_document,
+    load_config,
+    override,
+    to_document,
+)
+from mtl_jax.layers.moe import MoE
+
+
+def config():
+    return load_config("earth_digits", smoke=True)
+
+
+def changed(*assignments):
+    result = config()
+    override(result, assignments)
+    return result
+
+
+def test_the_shipped_configs_are_known():
+    assert "earth_digits" in configuration.known_configs()
+
+
+@pytest.mark.parametrize("name", ["earth_digit", "", "no/such", "no_such.py"])
+def test_an_unknown_config_lists_the_known(name):
+    with pytest.raises(ValueError, match=r"unknown config .* earth_digits"):
+        load_config(name)
+
+
+def test_an_unknown_variant_lists_the_known():
+    with pytest.raises(ValueError, match=r"no variant 'moon'.* main"):
+        load_config("earth_digits:moon")
+
+
+def test_the_first_variant_is_the_default():
+    assert load_config("earth_digits") == load_config("earth_digits:main")
+
+
+def test_a_config_may_be_any_file(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import fiddle as fdl\n"
+        "from mtl_jax.train import MeshShape\n"
+        "VARIANTS = {'small': lambda: fdl.Config(MeshShape, data=2),\n"
+        "            'large': lambda: fdl.Config(MeshShape, data=4)}\n"
+        "def smoke(config):\n"
+        "    config.data = 1\n"
+    )
+    assert load_config(str(path)).data == 2
+    assert load_config(f"{path}:large").data == 4
+    assert load_config(f"{path}:large", smoke=True).data == 1
+    assert configuration.full_name(f"{path}:large") == "own:large"
+    assert configuration.full_name(str(path)) == "own"
+
+
+@pytest.mark.parametrize("content", ["", "VARIANTS = {}\n"])
+def test_a_file_without_variants_is_no_config(tmp_path, content):
+    path = tmp_path / "own.py"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="needs a dict VARIANTS"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "read", "value"),
+    [
+        ("seed=3", lambda c: c.seed, 3),
+        ("optimizer.learning_rate=1", lambda c: c.optimizer.learning_rate, 1.0),
+        ("optimizer.learning_rate=1e-4", lambda c: c.optimizer.learning_rate, 1e-4),
+        ("optimizer.max_norm=None", lambda c: c.optimizer.max_norm, None),
+        ("evaluation_examples=None", lambda c: c.evaluation_examples, None),
+        ("gradients_at=features", lambda c: c.gradients_at, "features"),
+        ("gradients_at='features'", lambda c: c.gradients_at, "features"),
+        ("trunk.remat=True", lambda c: c.trunk.remat, True),
+        ("trunk.dtype=bfloat16", lambda c: c.trunk.dtype, "bfloat16"),
+        ("trunk.moe=None", lambda c: c.trunk.moe, None),
+        ("trunk.moe.num_experts=4", lambda c: c.trunk.moe.num_experts, 4),
+        ("tasks.surface.head.hidden=64", lambda c: c.tasks[0].head.hidden, 64),
+        ("tasks.climate.name=zone", lambda c: c.tasks[1].name, "zone"),
+        ("tasks.digit.target=left", lambda c: c.tasks[4].target, "left"),
+        (
+            "mixture.components.earth.weight=2",
+            lambda c: c.mixture.components["earth"].weight,
+            2.0,
+        ),
+        (
+            "mixture.components.earth.tasks=('surface', 'climate')",
+            lambda c: c.mixture.components["earth"].tasks,
+            ("surface", "climate"),
+        ),
+        (
+            "mixture.components.digits.augment.max_shift=3",
+            lambda c: c.mixture.components["digits"].augment.max_shift,
+            3,
+        ),
+        ("rules.embed=None", lambda c: c.rules.embed, None),
+        ("rules.embed=('data','model')", lambda c: c.rules.embed, ("data", "model")),
+    ],
+)
+def test_fields_are_set_by_their_path(assignment, read, value):
+    result = read(changed(assignment))
+    assert result == value
+    assert type(result) is type(value)
+
+
+def test_later_assignments_win():
+    assert changed("seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("assignment", "nearest"),
+    [
+        ("num_step=3", "'num_steps'"),
+        ("trunk.widht=3", "'width'"),
+        ("trunk.moe.num_expert=3", "'num_experts'"),
+        ("optimizer.learningrate=3", "'learning_rate'"),
+        ("tasks.surfaces.head.hidden=3", "'surface'"),
+        ("mixture.components.digit.weight=1", "'digits'"),
+        ("mixture.components.earth.wieght=1", "'weight'"),
+        ("mixtures.batch_size=3", "'mixture'"),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(assignment, nearest):
+    with pytest.raises(ValueError, match=f"no field .*; did you mean {nearest}"):
+        changed(assignment)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("seed=1.5", "seed is 1.5 of type float; it must be int"),
+        ("seed=True", "seed is True of type bool; it must be int"),
+        ("seed=three", "seed is 'three' of type str; it must be int"),
+        ("seed=None", "seed is None"),
+        ("num_steps=1e3", "num_steps is 1000.0 of type float; it must be int"),
+        ("trunk.remat=1", "trunk.remat is 1 of type int; it must be bool"),
+        ("trunk.width=(1,)", "trunk.width is .* it must be int"),
+        ("optimizer.learning_rate=True", "of type bool; it must be float"),
+        ("optimizer.learning_rate=fast", "of type str; it must be float"),
+        ("optimizer.max_norm=x", "it must be float | None"),
+        ("gradients_at=param", "it must be Literal"),
+        ("tasks.surface.target=3", "it must be str"),
+        ("trunk.moe=3", "trunk.moe is 3"),
+        ("trunk=3", "trunk is 3"),
+        ("mixture.components.earth=3", "mixture.components.earth is 3"),
+        ("mixture.components.earth.tasks=surface", "it must be tuple"),
+        ("mixture.components.earth.tasks=(1, 'climate')", "it must be tuple"),
+        ("tasks=(1, 2)", "it must be tuple"),
+        ("tasks.surface=3", "tasks.surface names an item of a sequence"),
+        ("seed.x=3", "'seed' has no field 'x': it has no fields"),
+        ("seed", "not of the form path=value"),
+        ("=3", "no field ''"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(assignment, expected):
+    with pytest.raises(ValueError, match=expected.replace("|", r"\|")):
+        changed(assignment)
+
+
+def test_a_config_that_cannot_be_built_is_a_user_s_mistake():
+    broken = config()
+    del broken.num_steps
+    with pytest.raises(ValueError, match="num_steps"):
+        configuration.build(broken)
+
+
+def document(*assignments):
+    # As it is after it was written and read.
+    return json.loads(json.dumps(to_document(changed(*assignments), "earth_digits")))
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        (),
+        ("trunk.moe=None", "trunk.num_tasks=None", "seed=5"),
+        ("optimizer.max_norm=None", "rules.embed=('data','model')"),
+        ("trunk.dtype=bfloat16",),
+    ],
+)
+def test_a_document_rebuilds_its_config(assignments):
+    rebuilt = from_document(document(*assignments))
+    assert rebuilt == changed(*assignments)
+    assert to_document(rebuilt, "earth_digits") == document(*assignments)
+
+
+def test_a_dtype_survives_the_document():
+    original = config()
+    original.trunk.dtype = jax.numpy.bfloat16
+    saved = json.loads(json.dumps(to_document(original, "earth_digits")))
+    assert from_document(saved).trunk.dtype is jax.numpy.bfloat16
+
+
+def test_a_rebuilt_config_builds_an_equal_experiment():
+    ours = fdl.build(config())
+    theirs = fdl.build(from_document(document()))
+    # Metrics hold functions made anew, which are never equal.
+    assert theirs.trunk.clone(moe=None) == ours.trunk.clone(moe=None)
+    assert isinstance(theirs.trunk.moe, functools.partial)
+    assert theirs.trunk.moe.func is MoE
+    assert theirs.trunk.moe() == ours.trunk.moe()
+    assert theirs.mixture.batch_size == ours.mixture.batch_size
+    assert (theirs.rules, theirs.mesh) == (ours.rules, ours.mesh)
+    for ours_task, theirs_task in zip(ours.tasks, theirs.tasks, strict=True):
+        assert theirs_task.name == ours_task.name
+        assert theirs_task.head == ours_task.head
+        assert theirs_task.loss is ours_task.loss
+
+
+def test_fields_hold_defaults_and_name_what_is_configured():
+    fields = document()["fields"]
+    assert fields["gradients_at"] == "params"
+    assert fields["trunk"] == "mtl_jax.models.vit.VisionTransformer"
+    assert fields["trunk.moe.num_experts"] == 8
+    assert fields["trunk.moe.capacity_factor"] == 1.25
+    assert fields["tasks.surface.head.num_classes"] == 2
+    assert fields["mixture.components.earth.augment"].endswith(".dihedral")
+    assert fields["mixture.components.earth.tasks"][0] == "surface"
+
+
+def test_differences_name_every_field_that_differs():
+    assert differences(document(), document()) == []
+    assert differences(document(), document("seed=5", "trunk.width=48")) == [
+        "seed: 0 -> 5",
+        "trunk.width: 24 -> 48",
+    ]
+    lines = differences(document(), document("trunk.moe=None"))
+    assert "trunk.moe.num_experts: 8 -> '(unset)'" in lines
+
+
+def names_used(node):
+    """Every place where a saved config names a symbol."""
+    if isinstance(node, dict):
+        if node.get("type") == "pyref":
+            yield node
+        for item in node.values():
+            yield from names_used(item)
+    elif isinstance(node, list):
+        for item in node:
+            yield from names_used(item)
+
+
+HOSTILE = [
+    ("os", "system"),
+    ("posix", "system"),
+    ("subprocess", "run"),
+    ("subprocess", "Popen"),
+    ("builtins", "eval"),
+    ("builtins", "exec"),
+    ("builtins", "__import__"),
+    ("builtins", "getattr"),
+    ("builtins", "open"),
+    ("pickle", "loads"),
+    ("numpy", "load"),
+    ("fiddle", "build"),
+    ("importlib", "import_module"),
+    ("antigravity", "fly"),
+    ("mtl_jaxx", "train"),
+    ("mtl_jax.cli", "main"),
+    ("mtl_jax", "cli.main"),
+    ("mtl_jax.configuration", "load_config"),
+    # What trusted modules import from others.
+    ("mtl_jax.train.run_folder", "os"),
+    ("mtl_jax.train.run_folder", "os.system"),
+    ("mtl_jax.train.run_folder", "Path"),
+    ("mtl_jax.train.loop", "sys.exit"),
+    ("mtl_jax.train", "RunFolder.__init__.__globals__"),
+    ("mtl_jax.train", "RunFolder.__class__"),
+    ("jax.numpy", "load"),
+    ("jax.numpy", "save"),
+    ("jax.numpy", "fromfile"),
+]
+
+
+@pytest.mark.parametrize(("module", "symbol"), HOSTILE, ids=str)
+def test_a_hostile_config_is_refused_before_it_is_built(module, symbol, monkeypatch):
+    imported = set(sys.modules)
+    monkeypatch.setattr(fdl, "build", None)
+    for target in ("os.system", "os.fork"):
+        monkeypatch.setattr(target, lambda *_: pytest.fail("called"))
+    hostile = document()
+    for place in names_used(hostile["fiddle"]):
+        if place["name"] == "DensePrediction":
+            place.update(module=module, name=symbol)
+    with pytest.raises(ValueError, match="not in a trusted module"):
+        from_document(hostile)
+    new = {name.partition(".")[0] for name in set(sys.modules) - imported}
+    assert not new & {"antigravity", "mtl_jaxx"}
+
+
+def test_every_name_of_a_document_is_guarded():
+    original = document()
+    names = {(use["module"], use["name"]) for use in names_used(original["fiddle"])}
+    for module, name in names:
+        hostile = copy.deepcopy(original)
+        for use in names_used(hostile["fiddle"]):
+            if (use["module"], use["name"]) == (module, name):
+                use.update(module="os", name="system")
+        with pytest.raises(ValueError, match=r"os\.system"):
+            from_document(hostile)
+
+
+def test_a_package_of_one_s_own_needs_trust(tmp_path, monkeypatch):
+    (tmp_path / "own_heads.py").write_text(
+        "import flax.linen as nn\n"
+        "class Own(nn.Module):\n"
+        "    patch_size: int\n"
+        "    num_classes: int | None = None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    saved = document()
+    for place in names_used(saved["fiddle"]):
+        if place["name"] == "DensePrediction":
+            place.update(module="own_heads", name="Own")
+    with pytest.raises(ValueError, match="add --trust own_heads"):
+        from_document(saved)
+    assert "own_heads" not in sys.modules
+    rebuilt = from_document(saved, trust=["own_heads"])
+    assert fdl.get_callable(rebuilt.tasks[0].head).__name__ == "Own"
+    monkeypatch.delitem(sys.modules, "own_heads")
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {},
+        {"fiddle": None},
+        {"fiddle": []},
+        {"fiddle": {}},
+        {"fiddle": {"root": 3}},
+        {"fiddle": {**document()["fiddle"], "objects": {}}},
+    ],
+)
+def test_a_damaged_document_is_refused(damaged):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        from_document(damaged)
