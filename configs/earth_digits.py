@@ -16,6 +16,7 @@ from mtl_jax.data.sources.earth import Earth
 from mtl_jax.data.sources.multi_digits import MultiDigits
 from mtl_jax.layers.heads import Classification, DensePrediction
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.patch import ConvolutionalStem
 from mtl_jax.models import VisionTransformer
 from mtl_jax.sharding import Rules
 from mtl_jax.tasks import (
@@ -100,7 +101,8 @@ def main() -> fdl.Config:
                     train=fdl.Config(Digits, split="train"),
                     test=fdl.Config(Digits, split="test"),
                     tasks=TASKS["digits"],
-                    augment=fdl.Partial(random_shift, max_shift=2),
+                    augment=fdl.Partial(random_shift, max_shift=1),
+                    weight=2.0,
                 ),
                 "multi_digits": fdl.Config(
                     Component,
@@ -109,7 +111,7 @@ def main() -> fdl.Config:
                     tasks=TASKS["multi_digits"],
                 ),
             },
-            batch_size=96,
+            batch_size=64,
         ),
         trunk=fdl.Config(
             VisionTransformer,
@@ -122,13 +124,14 @@ def main() -> fdl.Config:
                 num_experts=8,
                 num_selected=2,
                 expert_hidden=2 * WIDTH,
-                group_size=4,
+                group_size=2,
             ),
             num_tasks=len(tasks),
+            embedding=ConvolutionalStem,
         ),
         aggregator=fdl.Partial(optim.sum),
-        optimizer=fdl.Partial(adamw, learning_rate=2e-3),
-        num_steps=700,
+        optimizer=fdl.Partial(adamw, learning_rate=2e-3, b2=0.98),
+        num_steps=900,
         mesh=fdl.Config(MeshShape, data=-1, expert=4),
         rules=fdl.Config(Rules),
         evaluate_every=100,
@@ -159,8 +162,11 @@ def single_task(task: str) -> fdl.Config:
     source = next(name for name, tasks in TASKS.items() if task in tasks)
     component = config.mixture.components[source]
     component.tasks = (task,)
+    weights = [item.weight for item in config.mixture.components.values()]
     config.mixture.components = {source: component}
-    config.mixture.batch_size //= len(TASKS)
+    config.mixture.batch_size = round(
+        config.mixture.batch_size * component.weight / sum(weights)
+    )
     config.tasks = tuple(item for item in config.tasks if item.name == task)
     return config
 

@@ -9,7 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.attention import SelfAttention
 from mtl_jax.layers.mlp import Mlp
-from mtl_jax.layers.patch import PatchEmbedding
+from mtl_jax.layers.patch import (
+    PatchEmbedding,
+    sincos_position_embedding,
+    to_pixels,
+)
 
 
 class Block(nn.Module):
@@ -66,7 +70,8 @@ class VisionTransformer(nn.Module):
         `mtl_jax.layers.moe.MoE`), or None for a dense trunk.
       num_tasks: Number of tasks, for a router a task; None for a trunk that all
         tasks share.
-      num_channels: Channels of the widest image.
+      num_channels: Channels of the widest image; grey images are repeated to it.
+      embedding: Makes the module that embeds patches.
       remat: Whether to recompute each block in the backward pass.
       dtype: Type that is computed in.
     """
@@ -79,6 +84,7 @@ class VisionTransformer(nn.Module):
     moe: Callable[..., nn.Module] | None = None
     num_tasks: int | None = None
     num_channels: int = 3
+    embedding: Callable[..., nn.Module] = PatchEmbedding
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -105,14 +111,12 @@ class VisionTransformer(nn.Module):
         """
         if self.num_tasks is not None and task is None:
             raise ValueError("a trunk with a router a task needs the index of the task")
-        x = PatchEmbedding(
-            self.width,
-            self.patch_size,
-            self.num_channels,
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(images)
+        x = self.embedding(
+            self.width, self.patch_size, dtype=self.dtype, name="embedding"
+        )(to_pixels(images, self.num_channels))
         batch, rows, columns, _ = x.shape
+        positions = sincos_position_embedding(rows, columns, self.width)
+        x = x + jnp.asarray(positions, self.dtype)[None]
         x = x.reshape(batch, rows * columns, self.width)
         # Whether to train (argument 3) decides what is traced: it stays a Python bool.
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
