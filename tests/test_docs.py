@@ -49,6 +49,8 @@ def environment(tmp_path):
         "JAX_PLATFORMS": "cpu",
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        # What is computed is tested elsewhere: here compilers need not take pains.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
 
 
