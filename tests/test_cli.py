@@ -1,0 +1,373 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from mtl_jax import cli, configuration
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("earth_digits:single_digit", "--smoke")
+TASKS = ("surface", "climate", "elevation", "log_slope", "digit", "left", "right")
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def mistake(capsys, empty_folder):
+    """Runs a command that must fail as a user's mistake; returns its one line."""
+
+    def run(*arguments):
+        before = sorted(empty_folder.rglob("*"))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert re.fullmatch(r"mtl-jax: error: .+\n", error)
+        assert sorted(empty_folder.rglob("*")) == before
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished run of the main job, shrunk."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    # Optax's Adam divides floats by integer powers.
+    with jax.numpy_dtype_promotion("standard"):
+        cli.main(["train", "earth_digits", "--smoke", "--workdir", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("trian", "earth_digits"),
+        ("train",),
+        ("train", "earth_digits", "--sede", "3"),
+        ("train", "earth_digits", "--seed", "three"),
+        ("train", "earth_digits", "--devices", "many"),
+        ("eval", "run", "--step", "last"),
+        ("compare",),
+    ],
+    ids=str,
+)
+def test_a_command_line_that_cannot_be_read(mistake, arguments):
+    assert "--help" in mistake(*arguments)
+
+
+@pytest.mark.parametrize("command", ["train", "show"])
+def test_an_unknown_config_lists_the_known(mistake, command):
+    error = mistake(command, "earth_digit")
+    assert "unknown config 'earth_digit'" in error
+    for name in configuration.known_configs():
+        assert name in error
+
+
+def test_an_unknown_variant_lists_the_known(mistake):
+    error = mistake("train", "earth_digits:moon")
+    assert "'moon'" in error
+    assert "shared_router" in error
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("trunk.moe.num_expert=4", "did you mean 'num_experts'?"),
+        ("seed=three", "seed is 'three' of type str; it must be int"),
+        ("num_steps=1.5", "it must be int"),
+        ("seed", "not of the form path=value"),
+        ("num_steps=0", "num_steps is 0; it must be at least 1"),
+        ("evaluation_examples=0", "evaluation_examples is 0"),
+        ("tasks.digit.name=letter", "task 'letter' has no labelled source"),
+        ("mixture.components.digits.tasks=()", "'digit' has no labelled source"),
+        ("mixture.components.digits.weight=0", "'digit' has no labelled source"),
+        ("mixture.components.digits.tasks=('digit','moon')", "unknown tasks ['moon']"),
+        ("tasks.digit.target=letter", "no field 'letter', which task 'digit' needs"),
+        ("mixture.components.digits.input_field=x", "no field 'x'"),
+        ("mixture.components.digits.train.split=dev", "'dev'"),
+        ("tasks.digit.head.num_classes=9", "head of task 'digit' predicts shape (9,)"),
+        ("trunk.num_tasks=3", "trunk.num_tasks is 3, but there are 1 tasks"),
+        ("trunk.patch_size=5", "patch_size is 5, which does not divide"),
+        ("trunk.width=-4", "sizes must be at least 1"),
+        ("trunk.dtype=float33", "float33"),
+        ("trunk.moe.group_size=0", "group_size is 0; it must be at least 1"),
+        ("evaluation_batch_size=30", "evaluation_batch_size is 30"),
+        ("evaluation_batch_size=4", "evaluation_batch_size is 4"),
+        ("mixture.batch_size=33", "mixture.batch_size is 33"),
+        ("mixture.temperature=0", "mixture.temperature is 0"),
+        ("mesh.expert=3", "do not divide 8 devices"),
+        ("mesh.data=0", "must be positive"),
+        ("trunk.moe.num_experts=6", "of size 6 does not divide"),
+    ],
+)
+def test_a_config_that_does_not_fit(mistake, assignment, expected):
+    assert expected in mistake("train", *SMALL, "--set", assignment)
+
+
+def test_features_that_tasks_do_not_share(mistake):
+    arguments = ("earth_digits", "--smoke", "--set", "gradients_at=features")
+    assert 'use gradients_at="params"' in mistake("train", *arguments)
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_devices_there_cannot_be(mistake, number):
+    error = mistake("train", *SMALL, "--devices", number)
+    assert f"--devices is {number}; it must be at least 1" in error
+
+
+def in_a_process(*arguments, folder=ROOT, cwd=None):
+    return subprocess.run(
+        [sys.executable, str(folder / "run.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def assert_mistake(finished, expected):
+    assert finished.returncode == 2, finished.stderr
+    assert re.fullmatch(r"mtl-jax: error: .+\n", finished.stderr)
+    assert expected in finished.stderr
+    assert finished.stdout == ""
+
+
+def test_a_mesh_that_does_not_divide_the_devices(empty_folder):
+    finished = in_a_process("train", *SMALL, "--devices", 3, cwd=empty_folder)
+    assert_mistake(finished, "do not divide 3 devices")
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [0, 100_000])
+def test_an_empty_or_truncated_data_file(tmp_path, empty_folder, kept):
+    copy = tmp_path / "copy"
+    for name in ("mtl_jax", "configs"):
+        shutil.copytree(
+            ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    shutil.copy(ROOT / "run.py", copy)
+    digits = copy / "mtl_jax" / "data" / "arrays" / "digits.npz"
+    digits.write_bytes(digits.read_bytes()[:kept])
+    finished = in_a_process("train", *SMALL, folder=copy, cwd=empty_folder)
+    assert_mistake(finished, "digits.npz is missing or damaged")
+    assert list(empty_folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(mistake, empty_folder):
+    (empty_folder / "file").write_text("in the way")
+    error = mistake("train", *SMALL, "--workdir", "file/run")
+    assert "cannot write to the run folder file/run" in error
+    assert "choose another --workdir" in error
+
+
+@pytest.mark.parametrize("content", ['{"config": "ear', "[]", ""])
+def test_a_run_folder_with_a_damaged_config(mistake, empty_folder, content):
+    (empty_folder / "config.json").write_text(content)
+    assert "config.json is not" in mistake("train", *SMALL, "--workdir", ".")
+    assert "config.json is not" in mistake("eval", ".")
+
+
+def test_a_run_folder_of_another_config(mistake, run_folder):
+    before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*.json*")}
+    error = mistake(
+        "train",
+        *("earth_digits", "--smoke", "--workdir", run_folder),
+        *("--seed", 5, "--set", "optimizer.learning_rate=1"),
+    )
+    assert "seed: 0 -> 5" in error
+    assert "optimizer.learning_rate: 0.00" in error
+    assert "-> 1.0" in error
+    after = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*.json*")}
+    assert after == before
+
+
+def test_a_run_leaves_its_files(run_folder):
+    names = {path.name for path in run_folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "timings.jsonl",
+        "result.json",
+        "checkpoints",
+        "report.html",
+    }
+    assert not [name for name in names if name.endswith(".tmp") or name == ".writable"]
+    assert {path.name for path in (run_folder / "checkpoints").iterdir()} >= {"2", "4"}
+
+
+def test_the_saved_config_is_the_one_that_ran(run_folder):
+    saved = json.loads((run_folder / "config.json").read_text())
+    config = configuration.load_config("earth_digits", smoke=True)
+    assert configuration.from_document(saved) == config
+    assert saved["config"] == "earth_digits"
+
+
+def test_the_metrics_are_flat_and_one_line_a_step(run_folder):
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert set(record) - {"step"} == {name for name in record if "/" in name}
+        for task in TASKS:
+            assert record[f"{task}/loss"] > 0
+            assert record[f"{task}/gradient_norm"] > 0
+            assert 0 <= record[f"{task}/dropped_tokens"] <= 1
+            assert sum(record[f"{task}/expert_load/block_1"]) == pytest.approx(1)
+        assert len(record["all/cosine"]) == len(TASKS)
+        assert 0 <= record["all/conflict_rate"] <= 1
+        assert ("surface/accuracy" in record) == (record["step"] in (2, 4))
+    # The classes are balanced and the heads begin undecided.
+    assert records[0]["digit/loss"] == pytest.approx(2.302585, abs=1e-4)
+
+
+def test_the_result_holds_the_final_metrics(run_folder):
+    result = json.loads((run_folder / "result.json").read_text())
+    assert tuple(result["tasks"]) == TASKS
+    metrics = {name: task["metrics"] for name, task in result["tasks"].items()}
+    assert list(metrics["surface"]) == ["accuracy", "mean_iou"]
+    assert list(metrics["elevation"]) == ["r2", "mean_absolute_error"]
+    assert metrics["surface"]["accuracy"]["higher_is_better"] is True
+    assert metrics["elevation"]["mean_absolute_error"]["higher_is_better"] is False
+    # The majority of the test tiles' pixels; the best constant explains nothing.
+    assert 0.5 <= metrics["surface"]["accuracy"]["constant_predictor"] < 1
+    assert metrics["elevation"]["r2"]["constant_predictor"] == 0
+    for task in metrics.values():
+        assert all(isinstance(metric["value"], float) for metric in task.values())
+    assert (result["config"], result["seed"], result["num_steps"]) == (
+        "earth_digits",
+        0,
+        4,
+    )
+    assert result["wall_time_seconds"] > 0
+    assert {"python", "jax", "flax", "optax", "mtl_jax"} <= set(result["versions"])
+    assert result["device"].startswith("8 × ")
+    assert result["mesh"] == {"data": 2, "fsdp": 1, "expert": 4, "model": 1}
+
+
+def test_the_report_needs_no_other_file(run_folder):
+    page = (run_folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 4
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    for task in TASKS:
+        assert task in page
+
+
+def test_a_finished_run_is_not_trained_again(run_folder, capsys):
+    before = (run_folder / "result.json").read_bytes()
+    cli.main(["train", "earth_digits", "--smoke", "--workdir", str(run_folder)])
+    output = capsys.readouterr().out
+    assert "finished run; nothing to train" in output
+    assert "report.html" in output
+    assert (run_folder / "result.json").read_bytes() == before
+
+
+def test_a_finished_run_with_damaged_metrics(run_folder, mistake, empty_folder):
+    copy = Path(shutil.copytree(run_folder, empty_folder / "copy"))
+    (copy / "metrics.jsonl").write_text("{")
+    arguments = ("earth_digits", "--smoke", "--workdir", "copy")
+    assert "metrics.jsonl, line 1" in mistake("train", *arguments)
+
+
+def values(output):
+    """The numbers of a printed table, row by row."""
+    return re.findall(r"-?\d+\.\d+", output)
+
+
+def test_eval_finds_the_metrics_of_the_result(run_folder, capsys):
+    cli.main(["train", "earth_digits", "--smoke", "--workdir", str(run_folder)])
+    trained = capsys.readouterr().out
+    cli.main(["eval", str(run_folder)])
+    evaluated = capsys.readouterr().out
+    assert "checkpoint of step 4" in evaluated
+    found = values(evaluated)
+    assert len(found) > len(TASKS)
+    assert found == values(trained.replace(str(run_folder), ""))
+
+
+def test_eval_of_a_checkpoint_there_is_not(run_folder, mistake):
+    error = mistake("eval", run_folder, "--step", 3)
+    assert "has no checkpoint 3; it has [2, 4]" in error
+
+
+def test_eval_of_a_folder_without_a_run(mistake, empty_folder):
+    assert "holds no run" in mistake("eval", ".")
+    assert "holds no run" in mistake("eval", "nowhere")
+
+
+def test_eval_of_a_run_without_checkpoints(run_folder, mistake, empty_folder):
+    shutil.copy(run_folder / "config.json", empty_folder)
+    (empty_folder / "checkpoints").mkdir()
+    assert "has no checkpoint" in mistake("eval", ".")
+
+
+def test_eval_of_a_run_whose_config_names_what_it_must_not(
+    run_folder, mistake, empty_folder
+):
+    text = (run_folder / "config.json").read_text()
+    hostile = re.sub(
+        r'"mtl_jax\.layers\.heads",(\s+)"name": "DensePrediction"',
+        r'"os",\1"name": "system"',
+        text,
+    )
+    assert hostile != text
+    (empty_folder / "config.json").write_text(hostile)
+    assert "config.json names os.system" in mistake("eval", ".")
+
+
+def test_report_writes_the_page_again(run_folder, empty_folder, capsys):
+    copy = Path(shutil.copytree(run_folder, empty_folder / "copy"))
+    (copy / "report.html").unlink()
+    cli.main(["report", "copy"])
+    assert capsys.readouterr().out.strip() == "copy/report.html"
+    assert (copy / "report.html").stat().st_size > 10_000
+
+
+def test_report_of_what_is_no_finished_run(run_folder, mistake, empty_folder):
+    shutil.copy(run_folder / "config.json", empty_folder)
+    assert "has not finished" in mistake("report", ".")
+    assert "nowhere is not a folder" in mistake("report", "nowhere")
+    assert "nowhere" in mistake("report", run_folder, "--baselines", "nowhere")
+
+
+def test_compare_writes_a_table_and_a_page(run_folder, empty_folder, capsys):
+    shutil.copytree(run_folder, empty_folder / "second")
+    cli.main(["compare", str(run_folder), "second", "--output", "page.html"])
+    output = capsys.readouterr().out
+    for name in ("first", "second", "surface/accuracy", "page.html"):
+        assert name in output
+    assert (empty_folder / "page.html").stat().st_size > 1000
+
+
+def test_compare_of_nonsense(run_folder, mistake, empty_folder):
+    assert "at least two" in mistake("compare", run_folder)
+    assert "nowhere" in mistake("compare", run_folder, "nowhere")
+    assert "holds no result.json" in mistake("compare", run_folder, ".")
+    error = mistake("compare", run_folder, run_folder, "--output", "no/page.html")
+    assert "no/page.html" in error
+
+
+def test_show_prints_the_config_and_the_sharding(capsys, empty_folder):
+    cli.main(["show", "earth_digits", "--smoke", "--seed", "3"])
+    output = capsys.readouterr().out
+    assert "seed = 3\n" in output
+    assert "trunk.moe.num_experts = 8\n" in output
+    assert "mesh {'data': 2, 'fsdp': 1, 'expert': 4, 'model': 1}" in output
+    experts = [line for line in output.splitlines() if "experts/up/kernel" in line]
+    assert len(experts) == 1
+    assert "expert" in experts[0].replace("experts/", "")
+    assert list(empty_folder.iterdir()) == []
