@@ -62,6 +62,6 @@ def stack_records(
             task: np.stack([record[field] for _, record in rows])
             for task, field in target_fields.items()
         },
-        mask={task: mask for task in target_fields},
+        mask=dict.fromkeys(target_fields, mask),
         index=np.array([index for index, _ in rows], np.int32),
     )

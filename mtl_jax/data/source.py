@@ -1,9 +1,8 @@
 """What a data source is: random access to records of named fields."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Protocol
-
-import dataclasses
 
 import numpy as np
 

@@ -54,7 +54,7 @@ class DensePrediction(nn.Module):
     def __call__(
         self, features: Float[Array, "batch rows columns width"]
     ) -> Float[Array, "batch height width ..."]:
-        """Logits ``[batch, height, width, num_classes]`` or values without last axis."""
+        """Logits with a last axis ``num_classes``, or values without that axis."""
         x = nn.Dense(
             self.hidden,
             dtype=self.dtype,

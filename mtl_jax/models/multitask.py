@@ -123,20 +123,20 @@ class MultitaskModel:
 
         def apply(arguments) -> TrunkOutput:
             params, index = arguments
+            rngs = None if key is None else {"router": jax.random.fold_in(key, index)}
             features, sown = self.trunk.apply(
                 {"params": params},
                 inputs,
                 index if self.task_conditioned else None,
                 train=train,
-                rngs=None if key is None else {"router": jax.random.fold_in(key, index)},
+                rngs=rngs,
                 mutable=["losses", "statistics"],
             )
-            losses = jax.tree.leaves(sown.get("losses", {}))
-            statistics = {
-                block: contents["moe"]
-                for block, contents in sown.get("statistics", {}).items()
-            }
-            return TrunkOutput(features, sum(losses, jnp.float32(0.0)), statistics)
+            losses: list[Array] = jax.tree.leaves(sown.get("losses", {}))
+            blocks: Mapping[str, Any] = sown.get("statistics") or {}
+            statistics = {block: contents["moe"] for block, contents in blocks.items()}
+            auxiliary_loss = sum(losses, start=jnp.zeros((), jnp.float32))
+            return TrunkOutput(features, auxiliary_loss, statistics)
 
         return jax.lax.map(apply, (params, indices))
 
