@@ -1,9 +1,17 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax.layers.patch import patchify, sincos_position_embedding, unpatchify
+from mtl_jax.layers.patch import (
+    ConvolutionalStem,
+    PatchEmbedding,
+    patchify,
+    sincos_position_embedding,
+    to_pixels,
+    unpatchify,
+)
 
 
 def test_a_patch_is_the_pixels_of_its_square():
@@ -56,3 +64,80 @@ def test_positions_of_a_larger_grid_begin_like_those_of_a_smaller():
 def test_positions_need_a_multiple_of_four_channels(width):
     with pytest.raises(ValueError, match=f"width is {width}.* multiple of 4"):
         sincos_position_embedding(2, 2, width)
+
+
+def test_bytes_become_floats_from_minus_one_to_one():
+    images = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 1, 3)
+    np.testing.assert_allclose(to_pixels(images, 3).ravel(), [-1, -0.6, 1], rtol=1e-6)
+    floats = jnp.array([-1.0, 0.5, 1.0]).reshape(1, 1, 1, 3)
+    np.testing.assert_array_equal(to_pixels(floats, 3), floats)
+
+
+def test_grey_is_repeated():
+    grey = jnp.array([[0.5], [-0.5]]).reshape(1, 2, 1, 1)
+    expected = [[[[0.5] * 3], [[-0.5] * 3]]]
+    assert to_pixels(grey, 3).tolist() == expected
+
+
+def test_other_channels_are_refused():
+    with pytest.raises(ValueError, match="2 channels; this trunk takes 1 or 3"):
+        to_pixels(jnp.zeros((1, 2, 2, 2)), 3)
+
+
+def test_a_linear_embedding_is_a_product_of_patches():
+    pixels = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    embedding = PatchEmbedding(width=8, patch_size=2)
+    params = nn.unbox(embedding.init(jax.random.key(1), pixels))["params"]
+    params["projection"]["bias"] = jnp.arange(8.0)
+    tokens = embedding.apply({"params": params}, pixels)
+    patches = np.asarray(patchify(pixels, 2), np.float64)
+    kernel = np.asarray(params["projection"]["kernel"], np.float64)
+    expected = patches @ kernel + np.arange(8)
+    np.testing.assert_allclose(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+def convolution(x, kernel, bias):
+    """A 3x3 convolution of stride 2 with zeros around, pixel by pixel, in float64.
+
+    Rows of ``kernel`` are the window's pixels row by row, then channels.
+    """
+    batch, height, width, channels = x.shape
+    padded = np.zeros((batch, height + 2, width + 2, channels))
+    padded[:, 1:-1, 1:-1] = x
+    result = np.zeros((batch, height // 2, width // 2, kernel.shape[1]))
+    for b, r, c in np.ndindex(*result.shape[:3]):
+        window = padded[b, 2 * r : 2 * r + 3, 2 * c : 2 * c + 3]
+        result[b, r, c] = window.ravel() @ kernel + bias
+    return result
+
+
+def norm_and_gelu(x):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def test_a_convolutional_stem_against_float64():
+    pixels = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
+    stem = ConvolutionalStem(width=8, patch_size=4)
+    params = nn.unbox(stem.init(jax.random.key(1), pixels))["params"]
+    x = np.asarray(pixels, np.float64)
+    for i, width in enumerate((4, 8)):
+        layer = jax.tree.map(np.asarray, params[f"convolution_{i}"])
+        x = norm_and_gelu(convolution(x, layer["kernel"], layer["bias"]))
+        assert x.shape[-1] == width
+    projection = jax.tree.map(np.asarray, params["projection"])
+    expected = x @ projection["kernel"] + projection["bias"]
+    tokens = stem.apply({"params": params}, pixels)
+    assert tokens.shape == (2, 2, 3, 8)
+    np.testing.assert_allclose(tokens, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "message"),
+    [(3, "power of 2"), (1, "power of 2"), (0, "power of 2"), (8, "does not divide")],
+)
+def test_a_convolutional_stem_that_does_not_fit_is_refused(patch_size, message):
+    stem = ConvolutionalStem(width=8, patch_size=patch_size)
+    with pytest.raises(ValueError, match=f"patch_size is {patch_size}.*{message}"):
+        stem.init(jax.random.key(0), jnp.zeros((1, 12, 12, 3)))
