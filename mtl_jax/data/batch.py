@@ -2,30 +2,32 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of one source in a batch.
+    """The examples of one source in a batch: NumPy arrays, or JAX arrays on devices.
 
     Attributes:
       inputs: The model's input, ``[batch, height, width, channels]``.
       targets: Task name -> targets ``[batch, ...]``, for the tasks that this source
         labels.
-      mask: Task name -> which examples count. False marks padding; single
-        unlabelled elements are marked in the target itself (-1 or NaN).
-      index: The record's position in its source, so that an example can be named.
+      mask: Task name -> which examples count, ``[batch]`` bool. False marks
+        padding; single unlabelled elements are marked in the target itself (-1 or
+        NaN).
+      index: The records' positions in their source, ``[batch]`` int32, so that an
+        example can be named.
     """
 
-    inputs: Array | np.ndarray
-    targets: Mapping[str, Array | np.ndarray]
-    mask: Mapping[str, Bool[Array | np.ndarray, " batch"]]
-    index: Int[Array | np.ndarray, " batch"]
+    inputs: Any
+    targets: Mapping[str, Any]
+    mask: Mapping[str, Any]
+    index: Any
 
 
 Batch = Mapping[str, Examples]

@@ -138,6 +138,11 @@ class MultitaskModel:
             auxiliary_loss = sum(losses, start=jnp.zeros((), jnp.float32))
             return TrunkOutput(features, auxiliary_loss, statistics)
 
+        if len(indices) == 1:
+            return jax.tree.map(
+                lambda leaf: leaf[None],
+                apply(jax.tree.map(lambda leaf: leaf[0], (params, indices))),
+            )
         return jax.lax.map(apply, (params, indices))
 
     def apply_head(self, params: Params, features: Array, task: str) -> Array:

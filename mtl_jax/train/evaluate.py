@@ -1,5 +1,6 @@
 """Evaluation of every task on the test records of every source that labels it."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def make_evaluate(
 
     Args:
       objective: Tasks and model.
-      mixture: Whose test records to use, those of data sets of weight 0 included.
+      mixture: Whose test records to use.
       batch_size: Examples in each evaluation batch.
       place: Puts examples on the devices.
 
@@ -75,11 +76,7 @@ def make_evaluate(
         return result
 
     compiled = {
-        source: jax.jit(
-            lambda params, examples, predict=make_predict(objective, source): sums(
-                predict, params, examples
-            )
-        )
+        source: jax.jit(functools.partial(sums, make_predict(objective, source)))
         for source in objective.labels
     }
 

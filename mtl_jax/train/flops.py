@@ -1,6 +1,7 @@
 """Floating-point operations of a function, counted from its jaxpr."""
 
 import math
+from typing import Any
 
 from jax.extend import core
 
@@ -29,13 +30,13 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     name, parameters = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = parameters["dimension_numbers"]
-        left = equation.invars[0].aval.shape
+        left = _shape(equation.invars[0])
         depth = math.prod(left[axis] for axis in contracted)
-        return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        return 2 * depth * math.prod(_shape(equation.outvars[0]))
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
-        size = math.prod(equation.outvars[0].aval.shape)
+        size = math.prod(_shape(equation.outvars[0]))
         return 2 * size * math.prod(kernel) // outputs
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in parameters["branches"])
@@ -45,6 +46,10 @@ def _count_equation(equation: core.JaxprEqn) -> int:
             parameters["mesh"].shape[axis] for axis in parameters["manual_axes"]
         )
     return repeats * sum(_count(inner) for inner in _inner(parameters))
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner(parameters: dict) -> list[core.Jaxpr]:

@@ -6,6 +6,7 @@ one task and keeps the plain gradient of its own loss. A router's auxiliary loss
 shared out evenly among the tasks of its forward pass.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from optax.experimental import aggregating
 
 from mtl_jax.data.batch import Batch
-from mtl_jax.optim import gramian
 from mtl_jax.models.multitask import repeat
+from mtl_jax.optim import gramian
 from mtl_jax.train.objective import Objective
 
 
@@ -152,6 +153,7 @@ def at_features(
             name: _spread(source, names) for name, source in sources.items()
         }
         active = counts > 0
+        combined: Any
         combined, aggregator_state = aggregator.update(
             task_gradients, aggregator_state, losses=losses, active=active
         )
@@ -159,7 +161,9 @@ def at_features(
             source.pull_back(combined[name][None], jnp.ones(1, jnp.float32))
             for name, source in sources.items()
         ]
-        trunk_gradient = jax.tree.map(lambda *leaves: sum(leaves)[0], *pulled)
+        trunk_gradient = jax.tree.map(
+            lambda *leaves: functools.reduce(jnp.add, leaves)[0], *pulled
+        )
         return (
             _evaluation(losses, sources, active, task_gradients, aggregator_state),
             {"trunk": trunk_gradient, "heads": head_gradients},

@@ -6,12 +6,10 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 
 from mtl_jax.data.mixture import training_batches
 from mtl_jax.optim.canary import check_task_gradients
@@ -305,12 +303,22 @@ def _describe_method(experiment: Experiment) -> dict[str, Any]:
     return {
         "aggregator": name(experiment.aggregator),
         "gradients_at": experiment.gradients_at,
-        "sharpness_rho": None if sharpness is None else sharpness.keywords["rho"],  # type: ignore[attr-defined]
+        "sharpness_rho": None
+        if sharpness is None
+        else getattr(sharpness, "keywords", {}).get("rho"),
     }
 
 
 def _versions() -> dict[str, str]:
-    packages = ("mtl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    packages = (
+        "mtl_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+    )
     versions = {}
     for package in packages:
         try:

@@ -32,7 +32,7 @@ class Objective:
 
     def label_counts(self, batch: Batch) -> Float[Array, " tasks"]:
         """Number of labelled elements of each task in the global batch."""
-        counts = dict.fromkeys((task.name for task in self.tasks), jnp.float32(0.0))
+        counts = {task.name: jnp.float32(0.0) for task in self.tasks}
         for source, names in self.labels.items():
             examples = batch[source]
             for name in names:

@@ -1,7 +1,6 @@
 """Optax chains with a schedule over a run of known length."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 
@@ -34,17 +33,13 @@ def adamw(
     schedule = optax.schedules.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup, max(num_steps, warmup + 1)
     )
-
-    def learning_rate_at(count):
-        return schedule(jnp.asarray(count, jnp.float32))
-
     clip = optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
     return optax.chain(
         clip,
         optax.inject_hyperparams(
             optax.adamw, static_args=("b1", "b2", "eps", "weight_decay", "mask")
         )(
-            learning_rate=learning_rate_at,
+            learning_rate=schedule,
             b2=b2,
             weight_decay=weight_decay,
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),

@@ -50,7 +50,9 @@ def _source_samples(
             component, fields, experiment.evaluation_batch_size
         ):
             real = next(iter(examples.mask.values()))
-            predictions = jax.device_get(predict(params, program.place(examples.inputs)))
+            predictions = jax.device_get(
+                predict(params, program.place(examples.inputs))
+            )
             parts = {"image": examples.inputs}
             for task, prediction in predictions.items():
                 target = examples.targets[task]

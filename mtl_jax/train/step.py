@@ -70,9 +70,7 @@ def make_train_step(
     return step
 
 
-def task_metrics(
-    evaluation: Evaluation, task_names: tuple[str, ...]
-) -> dict[str, Any]:
+def task_metrics(evaluation: Evaluation, task_names: tuple[str, ...]) -> dict[str, Any]:
     """Losses, gradient geometry and router statistics by flat name."""
     norms = jnp.sqrt(jnp.diagonal(evaluation.gramian))
     weights = optax.tree.get(evaluation.aggregator_state, "weights")

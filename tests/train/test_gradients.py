@@ -1,0 +1,152 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import experiment
+
+from mtl_jax import optim
+from mtl_jax.data import training_batches
+from mtl_jax.models.multitask import repeat
+from mtl_jax.train import build_program
+from mtl_jax.train.gradients import at_features, at_params
+
+KEY = jax.random.key(3)
+
+
+def setup(**fields):
+    chosen = experiment(**fields)
+    program = build_program(chosen, jax.devices()[:1])
+    state = program.init_state()
+    batch = next(
+        training_batches(
+            chosen.mixture,
+            {task.name: task.field for task in chosen.tasks},
+            0,
+            program.share_multiple,
+        )
+    )
+    # Heads start at zero and would pass no gradient on.
+    heads = jax.tree.map(lambda leaf: leaf + 0.1, state.params["heads"])
+    params = {"trunk": state.params["trunk"], "heads": heads}
+    return program.objective, params, program.place(batch)
+
+
+def reference_losses(objective, params, batch):
+    """Each task's loss written out: own forward pass, own mean over all its labels.
+
+    Returns:
+      Task name -> loss with the task's part of the auxiliary loss, and loss alone.
+    """
+    model, losses = objective.model, {}
+    by_name = {task.name: task for task in objective.tasks}
+    for index, (source, names) in enumerate(objective.labels.items()):
+        passes = model.num_passes(names)
+        output = model.apply_trunk(
+            repeat(params["trunk"], passes),
+            batch[source].inputs,
+            names,
+            train=True,
+            key=jax.random.fold_in(KEY, index),
+        )
+        for j, name in enumerate(names):
+            prediction = model.apply_head(
+                params["heads"][name], output.features[j % passes], name
+            )
+            values, valid = by_name[name].loss(prediction, batch[source].targets[name])
+            loss = jnp.sum(jnp.where(valid, values, 0.0)) / jnp.sum(valid)
+            auxiliary = output.auxiliary_loss[j % passes] * passes / len(names)
+            losses[name] = loss + auxiliary, loss
+    return losses
+
+
+def reference_gradients(objective, params, batch):
+    """Gradient of each task's loss, and the loss, by one `jax.grad` a task."""
+
+    def one(name):
+        return jax.grad(
+            lambda params: reference_losses(objective, params, batch)[name],
+            has_aux=True,
+        )(params)
+
+    return [one(task.name) for task in objective.tasks]
+
+
+WEIGHTED = optim.Aggregator(
+    init=lambda params: jnp.ones(4),
+    update=lambda gradients, weights, params=None, **_: (
+        optim.weighted_sum(gradients, weights),
+        weights,
+    ),
+)
+"""An aggregator whose state is the weights it uses."""
+
+
+def assert_trees_close(actual, expected, tolerance=2e-6):
+    scale = max(float(optax.tree.norm(expected)), 1e-3)
+    difference = optax.tree.norm(optax.tree.sub(actual, expected))
+    assert float(difference) <= tolerance * scale
+
+
+@pytest.mark.parametrize("num_routers", [4, None], ids=["router a task", "shared"])
+def test_each_row_is_the_gradient_of_that_tasks_loss(num_routers):
+    objective, params, batch = setup(num_routers=num_routers)
+    expected = jax.jit(functools.partial(reference_gradients, objective))(params, batch)
+    evaluate = jax.jit(at_params(objective, WEIGHTED))
+    rows = []
+    for k, (gradient, loss) in enumerate(expected):
+        name = objective.tasks[k].name
+        evaluation, actual = evaluate(params, batch, KEY, jnp.eye(4)[k])
+        assert_trees_close(actual["trunk"], gradient["trunk"])
+        assert_trees_close(actual["heads"][name], gradient["heads"][name])
+        np.testing.assert_allclose(evaluation.losses[k], loss, rtol=1e-6)
+        rows.append(jax.flatten_util.ravel_pytree(gradient["trunk"])[0])
+    rows = np.stack(rows).astype(np.float64)
+    gramian = rows @ rows.T
+    np.testing.assert_allclose(
+        evaluation.gramian, gramian, atol=3e-6 * np.max(np.abs(gramian))
+    )
+
+
+def test_sum_at_features_is_the_gradient_of_the_summed_loss():
+    objective, params, batch = setup(num_routers=None)
+    evaluation, gradient = jax.jit(at_features(objective, WEIGHTED))(
+        params, batch, KEY, jnp.ones(4)
+    )
+    expected = jax.jit(jax.grad(objective.summed_loss))(params, batch, KEY)
+    assert_trees_close(gradient, expected)
+    # Tasks of different sources share no features.
+    gramian = np.asarray(evaluation.gramian)
+    assert np.all(gramian[:2, 2:] == 0)
+    assert np.all(np.diag(gramian) > 0)
+
+
+def test_a_task_without_labels_is_inactive_and_has_no_gradient():
+    objective, params, batch = setup(num_experts=0)
+    examples = batch["stripes"]
+    targets = {
+        **examples.targets,
+        "phase": jnp.full_like(examples.targets["phase"], -1),
+    }
+    batch = {
+        **batch,
+        "stripes": type(examples)(
+            examples.inputs, targets, examples.mask, examples.index
+        ),
+    }
+    aggregator = optim.mgda(num_tasks=4)
+    evaluation, gradient = jax.jit(at_params(objective, aggregator))(
+        params, batch, KEY, aggregator.init(params["trunk"])
+    )
+    assert evaluation.active.tolist() == [True, True, True, False]
+    assert evaluation.losses[3] == 0
+    assert optax.tree.norm(gradient["heads"]["phase"]) == 0
+    assert optax.tree.norm(gradient["trunk"]) > 0
+
+
+def test_features_need_a_shared_trunk():
+    objective, _, _ = setup()
+    with pytest.raises(ValueError, match='gradients_at="params"'):
+        at_features(objective, optim.sum(num_tasks=4))

@@ -1,0 +1,189 @@
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import experiment
+
+from mtl_jax import optim
+from mtl_jax.data import training_batches
+from mtl_jax.sharding import report
+from mtl_jax.train import MeshShape, build_program
+from mtl_jax.train import program as program_module
+from mtl_jax.train.gradients import at_params
+from mtl_jax.train.program import count_parameters
+
+
+def run(chosen, devices, num_steps):
+    """Losses of the first steps, and the last state."""
+    program = build_program(chosen, devices)
+    step, _ = program.compile_step()
+    state = program.init_state()
+    batches = training_batches(
+        chosen.mixture,
+        {task.name: task.field for task in chosen.tasks},
+        chosen.seed,
+        multiple_of=8,
+    )
+    losses = []
+    for _ in range(num_steps):
+        state, metrics = step(state, program.place(next(batches)))
+        losses.append([float(metrics[f"{t.name}/loss"]) for t in chosen.tasks])
+    return np.array(losses), jax.device_get(state.params)
+
+
+@functools.cache
+def on_one_device():
+    return run(experiment(), jax.devices()[:1], 20)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MeshShape(data=2, expert=4),
+        MeshShape(data=8),
+        MeshShape(data=2, fsdp=2, expert=2),
+    ],
+    ids=str,
+)
+def test_twenty_steps_are_the_same_on_one_device_and_on_eight(shape):
+    one, _ = on_one_device()
+    eight, _ = run(experiment(mesh=shape), jax.devices(), 20)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
+def test_experts_are_sharded_and_tokens_are_exchanged():
+    program = build_program(experiment(mesh=MeshShape(data=2, expert=4)))
+    rows = report(program.abstract_state.params, program.mesh, program.experiment.rules)
+    experts = [row for row in rows if "experts" in row.path]
+    assert len(experts) == 4
+    assert all("expert" in str(row.spec) for row in experts)
+    state = program.init_state()
+    kernel = state.params["trunk"]["block_1"]["moe"]["experts"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[0] == kernel.shape[0] // 4
+    moment = optax.tree.get(state.optimizer_state, "mu")["trunk"]["block_1"]["moe"]
+    assert moment["experts"]["up"]["kernel"].sharding == kernel.sharding
+    batch = program.abstract_batch()
+    with program.scope():
+        text = jax.jit(program.step).lower(state, batch).compile().as_text()
+    assert "all-to-all" in text
+    assert "all-gather" not in text
+
+
+def test_data_mesh_step_equals_a_pmap_step():
+    """The data mesh against the older way: one program a device, gradients averaged."""
+    chosen = experiment(mesh=MeshShape(data=8), num_experts=0)
+    program = build_program(chosen)
+    state = program.init_state()
+    batches = training_batches(
+        chosen.mixture,
+        {task.name: task.field for task in chosen.tasks},
+        0,
+        program.share_multiple,
+    )
+    batch = next(batches)
+    optimizer = chosen.optimizer(num_steps=chosen.num_steps)
+    aggregator = optim.sum(num_tasks=4)
+    gradient_function = at_params(program.objective, aggregator)
+
+    def device_step(params, optimizer_state, batch, key):
+        _, gradient = gradient_function(params, batch, key, aggregator.init(params))
+        # Every device has the same number of labels of each task, so the mean over
+        # devices of its gradients is that of the global mean loss.
+        gradient = jax.lax.pmean(gradient, "devices")
+        updates, _ = optimizer.update(gradient, optimizer_state, params)
+        return optax.apply_updates(params, updates)
+
+    split = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
+    params = jax.device_get(state.params)
+    expected = jax.pmap(device_step, "devices", in_axes=(None, None, 0, None))(
+        params, jax.device_get(state.optimizer_state), split, jax.random.key(0)
+    )
+    step, _ = program.compile_step()
+    state, _ = step(state, program.place(batch))
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(
+            ours, theirs[0], rtol=2e-5, atol=2e-6
+        ),
+        jax.device_get(state.params),
+        jax.device_get(expected),
+    )
+
+
+def test_the_step_is_traced_once(monkeypatch):
+    make = program_module.make_train_step
+    monkeypatch.setattr(
+        program_module,
+        "make_train_step",
+        lambda *arguments: chex.assert_max_traces(make(*arguments), n=1),
+    )
+    run(experiment(num_experts=0), jax.devices()[:1], 4)
+
+
+@pytest.mark.parametrize(("method", "at"), [("mgda", "params"), ("upgrad", "features")])
+def test_training_lowers_the_loss(method, at):
+    chosen = experiment(
+        num_experts=0,
+        aggregator=getattr(optim, method),
+        gradients_at=at,
+    )
+    losses, _ = run(chosen, jax.devices()[:1], 12)
+    assert np.all(np.isfinite(losses))
+    assert losses[-3:].sum() < losses[:3].sum()
+
+
+def test_sharpness_evaluates_at_the_perturbed_point_of_the_same_batch():
+    sharpness = functools.partial(optim.sharpness_aware, rho=0.1)
+    chosen = experiment(num_experts=0, sharpness=sharpness)
+    program = build_program(chosen, jax.devices()[:1])
+    state = program.init_state()
+    params = jax.device_get(state.params)
+    batches = training_batches(
+        chosen.mixture, {task.name: task.field for task in chosen.tasks}, 0
+    )
+    batch = program.place(next(batches))
+    key = jax.random.fold_in(state.key, 0)
+    ascent = jax.grad(program.objective.summed_loss)(params, batch, key)
+    norm = optax.tree.norm(ascent)
+    moved = jax.tree.map(lambda p, g: p + 0.1 * g / norm, params, ascent)
+    expected = jax.grad(program.objective.summed_loss)(moved, batch, key)
+    step, _ = program.compile_step()
+    _, metrics = step(state, batch)
+    np.testing.assert_allclose(
+        metrics["all/gradient_norm"], optax.tree.norm(expected), rtol=1e-5
+    )
+
+
+def test_parameter_counts():
+    program = build_program(experiment(), jax.devices()[:1])
+    params = nn.unbox(program.abstract_state.params)
+    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    # Two of four experts of (16·16 + 16) + (16·16 + 16) parameters, and one of four
+    # routers of 16·4, are in use.
+    inactive = 2 * (2 * (16 * 16 + 16)) + 3 * 16 * 4
+    assert count_parameters(program) == (total, total - inactive)
+
+
+def test_a_mesh_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(ValueError, match="expert=3"):
+        build_program(experiment(mesh=MeshShape(data=-1, expert=3)))
+
+
+def test_a_single_device_needs_no_other_config():
+    program = build_program(
+        experiment(mesh=MeshShape(data=2, expert=4)), jax.devices()[:1]
+    )
+    assert set(program.mesh.shape.values()) == {1}
+
+
+def test_the_seed_decides_the_parameters():
+    def kernel(seed):
+        program = build_program(experiment(num_experts=0, seed=seed), jax.devices()[:1])
+        return program.init_state().params["trunk"]["block_0"]["mlp"]["up"]["kernel"]
+
+    np.testing.assert_array_equal(kernel(0), kernel(0))
+    assert not jnp.array_equal(kernel(0), kernel(1))
