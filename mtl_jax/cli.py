@@ -109,7 +109,7 @@ def _train(options: argparse.Namespace) -> None:
 
         experiment = configuration.build(config)
         train.validate(experiment)
-        train.build_program(experiment)
+        program = train.build_program(experiment)
         workdir = options.workdir or Path("runs") / name.replace(":", "-")
         # Made only now: a mistake leaves no folder behind.
         folder = train.RunFolder(workdir)
@@ -124,7 +124,7 @@ def _train(options: argparse.Namespace) -> None:
         result = folder.read_json("result.json")
     if result is None:
         folder.write_json("config.json", document)
-        result = train.train(experiment, folder, name)
+        result = train.train(program, folder, name)
     else:
         print(f"{workdir} holds a finished run; nothing to train.")
     with _user_errors():
@@ -146,7 +146,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         config = configuration.from_document(document, options.trust)
         experiment = configuration.build(config)
         train.validate(experiment)
-        step, tasks = train.evaluate_run(experiment, folder, options.step)
+        program = train.build_program(experiment)
+        step, tasks = train.evaluate_run(program, folder, options.step)
     print(format_table(results_table({"tasks": tasks})))
     print(f"\ncheckpoint of step {step}")
 

@@ -10,17 +10,19 @@ from typing import Any
 
 import grain
 import jax
+from rich.console import Console
 
 from mtl_jax.data.mixture import training_batches
 from mtl_jax.optim.canary import check_task_gradients
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.evaluate import Evaluate, make_evaluate
 from mtl_jax.train.experiment import Experiment
-from mtl_jax.train.program import Program, build_program, count_parameters
+from mtl_jax.train.program import Program, count_parameters
 from mtl_jax.train.progress import ProgressDisplay
 from mtl_jax.train.run_folder import RunFolder, to_json
 from mtl_jax.train.samples import write_samples
 from mtl_jax.train.state import TrainState
+from mtl_jax.train.step import Metrics
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -28,15 +30,15 @@ RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
 
 
-def train(experiment: Experiment, folder: RunFolder, config_name: str) -> dict:
-    """Runs an experiment to its end, from the newest checkpoint in its folder if any.
+def train(program: Program, folder: RunFolder, config_name: str) -> dict:
+    """Runs a program to its end, from the newest checkpoint in its folder if any.
 
     Everything in ``metrics.jsonl`` and in the checkpoints is the same to the last bit
     whether or not the run was interrupted; what depends on the clock is in
     ``timings.jsonl``.
 
     Args:
-      experiment: What to run; `mtl_jax.train.validate` it first.
+      program: What to run, from `mtl_jax.train.build_program`.
       folder: The run's folder.
       config_name: What the result calls the config.
 
@@ -47,12 +49,13 @@ def train(experiment: Experiment, folder: RunFolder, config_name: str) -> dict:
       RuntimeError: If this release of JAX computes wrong task gradients.
     """
     started = time.monotonic()
-    program = build_program(experiment)
+    experiment = program.experiment
     check_task_gradients()
     checkpoints = Checkpoints(folder.path / CHECKPOINTS)
     try:
         state, batches = _start_or_continue(program, checkpoints, folder)
         evaluate = _evaluation(program)
+        Console().print("compiling the training step ...")
         compile_started = time.monotonic()
         step, flops = program.compile_step()
         compile_seconds = time.monotonic() - compile_started
@@ -91,12 +94,12 @@ def train(experiment: Experiment, folder: RunFolder, config_name: str) -> dict:
 
 
 def evaluate_run(
-    experiment: Experiment, folder: RunFolder, step: int | None
+    program: Program, folder: RunFolder, step: int | None
 ) -> tuple[int, dict]:
     """Evaluates a checkpoint on all test records.
 
     Args:
-      experiment: The run's experiment.
+      program: The run's program.
       folder: The run's folder.
       step: Which checkpoint; the newest by default.
 
@@ -113,12 +116,11 @@ def evaluate_run(
         chosen = (steps[-1] if steps else None) if step is None else step
         if chosen is None or chosen not in steps:
             raise ValueError(f"{directory} has no checkpoint {step}; it has {steps}")
-        program = build_program(experiment)
         state = checkpoints.restore_state(chosen, program.init_state())
     finally:
         checkpoints.close()
     scores = _evaluation(program)(state.params, None)
-    return chosen, _task_results(experiment, scores)
+    return chosen, _task_results(program.experiment, scores)
 
 
 def _start_or_continue(
@@ -171,7 +173,7 @@ class _Loop:
     def run(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """Trains to the last step."""
         experiment = self._experiment
-        pending = None
+        unlogged: tuple[int, Metrics] | None = None
         self._clock = time.monotonic()
         for step in range(int(state.step) + 1, experiment.num_steps + 1):
             waiting = time.monotonic()
@@ -182,18 +184,20 @@ class _Loop:
             last = step == experiment.num_steps
             evaluate = last or step % experiment.evaluate_every == 0
             save = last or step % experiment.checkpoint_every == 0
-            # The line of an earlier step is written while this step computes.
-            pending = self._log(pending)
-            if step % experiment.log_every == 0 or evaluate or save:
-                pending = step, metrics
+            if unlogged is not None:
+                # Fetched only now, while this step computes.
+                self._log(*unlogged)
+                unlogged = None
             if evaluate or save:
                 jax.block_until_ready(state)
                 self._pause_clock()
                 scores = self._scores(state) if evaluate else {}
-                pending = self._log(pending, scores)
+                self._log(step, metrics, scores)
                 if save:
                     self._checkpoints.save(step, state, batches)
                 self._clock = time.monotonic()
+            elif step % experiment.log_every == 0:
+                unlogged = step, metrics
         return state
 
     def average_timing(self) -> dict[str, float | None]:
@@ -218,17 +222,16 @@ class _Loop:
             if name != "constant_predictor"
         }
 
-    def _log(self, pending, scores: Mapping[str, float] | None = None) -> None:
-        if pending is None:
-            return
-        step, metrics = pending
-        metrics = to_json(jax.device_get(metrics)) | dict(scores or {})
+    def _log(
+        self, step: int, metrics: Metrics, scores: Mapping[str, float] | None = None
+    ) -> None:
+        line = to_json(jax.device_get(metrics)) | dict(scores or {})
         if self._steps_timed:
             self._pause_clock()
         timing = self._last_timing()
-        self._folder.append(METRICS, {"step": step, **metrics})
+        self._folder.append(METRICS, {"step": step, **line})
         self._folder.append(TIMINGS, {"step": step, **timing})
-        self._display.update(step, metrics, timing, evaluated=bool(scores))
+        self._display.update(step, line, timing, evaluated=bool(scores))
 
     def _pause_clock(self) -> None:
         """Closes a stretch of training; what follows is not counted as training."""

@@ -1,0 +1,150 @@
+"""Trains the main job and its single-task baselines, and writes docs/results.md.
+
+    python benchmarks/results.py --runs runs/results --seeds 0 1 2
+
+Runs that are complete are not repeated, so it can be stopped and started again. One
+seed takes about 20 minutes on two CPU cores.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from mtl_jax.report import delta_m_metrics, delta_m_tasks
+
+ROOT = Path(__file__).parent.parent
+TASKS = ("surface", "climate", "elevation", "log_slope", "digit", "left", "right")
+
+PAGE = """# Results
+
+Written by `python benchmarks/results.py`. Every number is from held-out data: Earth
+tiles from blocks of the globe that touch no training tile, and digits that are in no
+training image. Mean ± standard deviation over {num_seeds} seeds ({seeds}).
+
+## The main job
+
+`earth_digits` trains one mixture-of-experts vision transformer with a router a task on
+three data sets and seven tasks at once, by the plain sum of task gradients. Its
+single-task baselines, `earth_digits:single_<task>`, have the same trunk with one router
+a layer, and see as many updates and as many examples of their data set: the same
+budget for each task, seven times the trunks.
+
+{table}
+
+The constant predictor is the best single answer: the most frequent class, or the mean.
+
+{delta}
+
+## Cost
+
+{cost}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
+    options = parser.parse_args()
+    variants = ("main", *(f"single_{task}" for task in TASKS))
+    results = {
+        variant: [train(options.runs, variant, seed) for seed in options.seeds]
+        for variant in variants
+    }
+    options.output.write_text(page(results, options.seeds))
+    print(f"wrote {options.output}")
+
+
+def train(runs: Path, variant: str, seed: int) -> dict:
+    """The result of one run, trained if it is not there yet."""
+    folder = runs / f"{variant}-{seed}"
+    command = (sys.executable, str(ROOT / "run.py"), "train", f"earth_digits:{variant}")
+    options = ("--seed", str(seed), "--workdir", str(folder))
+    if not (folder / "result.json").exists():
+        subprocess.run((*command, *options), check=True)
+    return json.loads((folder / "result.json").read_text())
+
+
+def page(results: dict[str, list[dict]], seeds: list[int]) -> str:
+    """The page of results."""
+    rows, deltas = [], []
+    multitask = results["main"]
+    for task in TASKS:
+        alone = results[f"single_{task}"]
+        for metric, entry in multitask[0]["tasks"][task]["metrics"].items():
+            arrow = "↑" if entry["higher_is_better"] else "↓"
+            constant = entry["constant_predictor"]
+            rows.append(
+                (
+                    task,
+                    f"{metric} {arrow}",
+                    spread(value(run, task, metric) for run in multitask),
+                    spread(value(run, task, metric) for run in alone),
+                    "–" if constant is None else f"{constant:.3f}",
+                )
+            )
+    for i in range(len(seeds)):
+        rows_of_seed = [
+            (
+                task,
+                entry["value"],
+                value(results[f"single_{task}"][i], task, metric),
+                entry["higher_is_better"],
+            )
+            for task in TASKS
+            for metric, entry in multitask[i]["tasks"][task]["metrics"].items()
+        ]
+        tasks, values, baselines, higher_is_better = zip(*rows_of_seed, strict=True)
+        deltas.append(
+            (
+                delta_m_metrics(values, baselines, higher_is_better),
+                delta_m_tasks(values, baselines, higher_is_better, tasks),
+            )
+        )
+    cost = multitask[0]["cost"]
+    return PAGE.format(
+        num_seeds=len(seeds),
+        seeds=", ".join(map(str, seeds)),
+        table=table(
+            ("task", "metric", "multitask", "single task", "constant predictor"), rows
+        ),
+        delta=(
+            "Delta-m against the single-task runs of the same seed, over all "
+            "metrics:\n\n"
+            f"- mean over metrics, lower is better: {spread(d[0] for d in deltas)} %\n"
+            f"- mean over tasks, higher is better: {spread(d[1] for d in deltas)} %"
+        ),
+        cost=table(
+            ("quantity", "main job"),
+            [
+                ("parameters", f"{cost['parameters']:,}"),
+                ("active parameters", f"{cost['active_parameters']:,}"),
+                ("FLOPs a step", f"{cost['flops_per_step'] / 1e9:.1f} G"),
+                ("steps", str(multitask[0]["num_steps"])),
+                ("device", multitask[0]["device"]),
+            ],
+        ),
+    )
+
+
+def value(result: dict, task: str, metric: str) -> float:
+    return result["tasks"][task]["metrics"][metric]["value"]
+
+
+def spread(values) -> str:
+    values = list(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+
+
+def table(header, rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from small import experiment
+
+from mtl_jax import optim
+from mtl_jax.train import RunFolder, build_program, evaluate_run, loop, train
+from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.progress import ProgressDisplay
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def program():
+    # PCGrad's state has a PRNG key; checkpoints are written at steps 2, 4 and 6.
+    return build_program(experiment(aggregator=optim.pcgrad))
+
+
+@pytest.fixture(scope="module")
+def whole(program, tmp_path_factory):
+    folder = RunFolder(tmp_path_factory.mktemp("whole"))
+    return folder, train(program, folder, "small")
+
+
+def final_state(program, folder, step=6):
+    checkpoints = Checkpoints(folder.path / loop.CHECKPOINTS)
+    state = checkpoints.restore_state(step, program.init_state())
+    checkpoints.close()
+    return state
+
+
+def as_numpy(leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypatch):
+    uninterrupted, result = whole
+    folder = RunFolder(tmp_path)
+    update = ProgressDisplay.update
+
+    def stop_after_five(self, step, *arguments, **keywords):
+        update(self, step, *arguments, **keywords)
+        if step == 5:
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressDisplay, "update", stop_after_five)
+        with pytest.raises(StoppedError):
+            train(program, folder, "small")
+    assert folder.read_json(loop.RESULT) is None
+    lines = (tmp_path / loop.METRICS).read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 5
+    with (tmp_path / loop.METRICS).open("a") as file:
+        file.write('{"step": 6, "bright/lo')
+
+    continued = train(program, folder, "small")
+    expected = (uninterrupted.path / loop.METRICS).read_bytes()
+    assert (tmp_path / loop.METRICS).read_bytes() == expected
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_array_equal(
+            as_numpy(ours), as_numpy(theirs)
+        ),
+        final_state(program, folder),
+        final_state(program, uninterrupted),
+    )
+    assert continued["tasks"] == result["tasks"]
+
+
+def test_metrics_are_flat_and_complete(whole):
+    folder, _ = whole
+    lines = [
+        json.loads(line)
+        for line in (folder.path / loop.METRICS).read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        for task in ("bright", "redness", "direction", "phase"):
+            assert line[f"{task}/loss"] > 0
+            assert line[f"{task}/gradient_norm"] >= 0
+            assert 0 <= line[f"{task}/dropped_tokens"] < 1
+            load = line[f"{task}/expert_load/block_1"]
+            assert len(load) == 4
+            np.testing.assert_allclose(sum(load), 1, rtol=1e-5)
+        assert np.shape(line["all/cosine"]) == (4, 4)
+        assert {"all/conflict_rate", "all/update_norm", "all/parameter_norm"} < set(
+            line
+        )
+    assert [line["step"] for line in lines if "bright/accuracy" in line] == [3, 6]
+    assert lines[-1]["redness/r2"] is not None
+
+
+def test_timings_are_apart(whole):
+    folder, result = whole
+    lines = [
+        json.loads(line)
+        for line in (folder.path / loop.TIMINGS).read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["seconds_per_step"] > 0 for line in lines)
+    assert all(0 <= line["input_stall"] <= 1 for line in lines)
+    assert result["cost"]["examples_per_second"] > 0
+
+
+def test_the_result_says_what_was_run(whole):
+    folder, result = whole
+    assert json.loads((folder.path / loop.RESULT).read_text()) == result
+    assert result["mesh"] == {"data": 2, "fsdp": 1, "expert": 4, "model": 1}
+    assert result["method"]["aggregator"] == "pcgrad"
+    assert result["sources"]["tiles"]["examples_per_step"] == 8
+    assert result["cost"]["active_parameters"] < result["cost"]["parameters"]
+    assert set(result["tasks"]) == {"bright", "redness", "direction", "phase"}
+    samples = np.load(folder.path / "samples.npz", allow_pickle=False)
+    assert samples["tiles/bright/prediction"].shape == (6, 8, 8)
+    wrong = [
+        samples[f"stripes/{task}/target"] != samples[f"stripes/{task}/prediction"]
+        for task in ("direction", "phase")
+    ]
+    assert np.all(np.any(wrong, axis=0))
+
+
+def test_evaluating_the_last_checkpoint_gives_the_result_again(program, whole):
+    folder, result = whole
+    step, tasks = evaluate_run(program, folder, None)
+    assert step == 6
+    assert tasks == result["tasks"]
+
+
+def test_evaluating_an_absent_checkpoint_names_those_there(program, whole):
+    folder, _ = whole
+    with pytest.raises(ValueError, match=r"no checkpoint 5; it has \[4, 6\]"):
+        evaluate_run(program, folder, 5)
