@@ -19,6 +19,7 @@ from mtl_jax.report import (
 )
 
 USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,7 +90,7 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
         dest="assignments",
         help="set a field by its dotted path; may be repeated",
     )
-    parser.add_argument("--smoke", action="store_true", help="shrink to seconds")
+    parser.add_argument("--smoke", action="store_true", help="shrink to a few small steps")
     parser.add_argument("--seed", type=int, help="same as --set seed=SEED")
     _add_devices(parser)
 
@@ -124,7 +125,11 @@ def _train(options: argparse.Namespace) -> None:
         result = folder.read_json("result.json")
     if result is None:
         folder.write_json("config.json", document)
-        result = train.train(program, folder, name)
+        try:
+            result = train.train(program, folder, name)
+        except KeyboardInterrupt:
+            print("\nstopped; the same command continues from the last checkpoint")
+            sys.exit(INTERRUPTED)
     else:
         print(f"{workdir} holds a finished run; nothing to train.")
     with _user_errors():

@@ -2,7 +2,7 @@
 
 A config file is Python with a dict ``VARIANTS`` from variant names to functions that
 return a `fiddle.Config` of an `mtl_jax.train.Experiment` (the first one is the
-default), and a function ``smoke`` that shrinks such a config to a run of seconds.
+default), and a function ``smoke`` that shrinks such a config to a few small steps.
 """
 
 import ast
@@ -55,7 +55,7 @@ def load_config(name: str, *, smoke: bool = False) -> fdl.Config:
     Args:
       name: ``config`` or ``config:variant``, where ``config`` is one that ships with
         the project or the path of a Python file.
-      smoke: Whether to shrink it to a run of seconds.
+      smoke: Whether to shrink it to a few small steps.
 
     Returns:
       The config of an experiment.
