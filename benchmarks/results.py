@@ -2,8 +2,7 @@
 
     python benchmarks/results.py --runs runs/results --seeds 0 1 2
 
-Runs that are complete are not repeated, so it can be stopped and started again. One
-seed takes about 20 minutes on two CPU cores.
+Runs that are complete are not repeated, so it can be stopped and started again.
 """
 
 import argparse
@@ -11,6 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from mtl_jax.report import delta_m_metrics, delta_m_tasks
@@ -22,7 +22,8 @@ PAGE = """# Results
 
 Written by `python benchmarks/results.py`. Every number is from held-out data: Earth
 tiles from blocks of the globe that touch no training tile, and digits that are in no
-training image. Mean ± standard deviation over {num_seeds} seeds ({seeds}).
+training image. Mean ± standard deviation over seeds: {multitask_seeds} of the main job,
+{alone_seeds} of the single-task runs.
 
 ## The main job
 
@@ -48,14 +49,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--baseline-seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
-    variants = ("main", *(f"single_{task}" for task in TASKS))
-    results = {
-        variant: [train(options.runs, variant, seed) for seed in options.seeds]
-        for variant in variants
+    multitask = [train(options.runs, "main", seed) for seed in options.seeds]
+    alone = {
+        task: [
+            train(options.runs, f"single_{task}", seed)
+            for seed in options.baseline_seeds
+        ]
+        for task in TASKS
     }
-    options.output.write_text(page(results, options.seeds))
+    options.output.write_text(page(multitask, alone))
     print(f"wrote {options.output}")
 
 
@@ -69,12 +74,10 @@ def train(runs: Path, variant: str, seed: int) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-def page(results: dict[str, list[dict]], seeds: list[int]) -> str:
-    """The page of results."""
+def page(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
+    """The page of results, from the runs of the main job and of each task alone."""
     rows, deltas = [], []
-    multitask = results["main"]
     for task in TASKS:
-        alone = results[f"single_{task}"]
         for metric, entry in multitask[0]["tasks"][task]["metrics"].items():
             arrow = "↑" if entry["higher_is_better"] else "↓"
             constant = entry["constant_predictor"]
@@ -83,20 +86,20 @@ def page(results: dict[str, list[dict]], seeds: list[int]) -> str:
                     task,
                     f"{metric} {arrow}",
                     spread(value(run, task, metric) for run in multitask),
-                    spread(value(run, task, metric) for run in alone),
+                    spread(value(run, task, metric) for run in alone[task]),
                     "–" if constant is None else f"{constant:.3f}",
                 )
             )
-    for i in range(len(seeds)):
+    for run in multitask:
         rows_of_seed = [
             (
                 task,
                 entry["value"],
-                value(results[f"single_{task}"][i], task, metric),
+                statistics.mean(value(r, task, metric) for r in alone[task]),
                 entry["higher_is_better"],
             )
             for task in TASKS
-            for metric, entry in multitask[i]["tasks"][task]["metrics"].items()
+            for metric, entry in run["tasks"][task]["metrics"].items()
         ]
         tasks, values, baselines, higher_is_better = zip(*rows_of_seed, strict=True)
         deltas.append(
@@ -107,13 +110,13 @@ def page(results: dict[str, list[dict]], seeds: list[int]) -> str:
         )
     cost = multitask[0]["cost"]
     return PAGE.format(
-        num_seeds=len(seeds),
-        seeds=", ".join(map(str, seeds)),
+        multitask_seeds=seeds(multitask),
+        alone_seeds=seeds(alone[TASKS[0]]),
         table=table(
             ("task", "metric", "multitask", "single task", "constant predictor"), rows
         ),
         delta=(
-            "Delta-m against the single-task runs of the same seed, over all "
+            "Delta-m against the single-task runs, over all "
             "metrics:\n\n"
             f"- mean over metrics, lower is better: {spread(d[0] for d in deltas)} %\n"
             f"- mean over tasks, higher is better: {spread(d[1] for d in deltas)} %"
@@ -135,10 +138,14 @@ def value(result: dict, task: str, metric: str) -> float:
     return result["tasks"][task]["metrics"][metric]["value"]
 
 
-def spread(values) -> str:
+def seeds(results: list[dict]) -> str:
+    return ", ".join(str(result["seed"]) for result in results)
+
+
+def spread(values: Iterable[float]) -> str:
     values = list(values)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def table(header, rows) -> str:
