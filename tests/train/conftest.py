@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def standard_dtype_promotion():
     """Optax's Adam divides floats by integer powers."""
     with jax.numpy_dtype_promotion("standard"):

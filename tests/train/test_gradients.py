@@ -29,7 +29,10 @@ def setup(**fields):
         )
     )
     # Heads start at zero and would pass no gradient on.
-    heads = jax.tree.map(lambda leaf: leaf + 0.1, state.params["heads"])
+    heads = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape),
+        state.params["heads"],
+    )
     params = {"trunk": state.params["trunk"], "heads": heads}
     return program.objective, params, program.place(batch)
 
