@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from mtl_jax.report import delta_m_metrics, delta_m_tasks
+from mtl_jax.report.results import delta_m, result_rows
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("surface", "climate", "elevation", "log_slope", "digit", "left", "right")
@@ -69,14 +69,14 @@ def train(runs: Path, variant: str, seed: int) -> dict:
     folder = runs / f"{variant}-{seed}"
     command = (sys.executable, str(ROOT / "run.py"), "train", f"earth_digits:{variant}")
     options = ("--seed", str(seed), "--workdir", str(folder))
-    if not (folder / "result.json").exists():
-        subprocess.run((*command, *options), check=True)
+    # Returns at once where the run is complete, and fails if its config was another.
+    subprocess.run((*command, *options), check=True)
     return json.loads((folder / "result.json").read_text())
 
 
 def page(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
     """The page of results, from the runs of the main job and of each task alone."""
-    rows, deltas = [], []
+    rows = []
     for task in TASKS:
         for metric, entry in multitask[0]["tasks"][task]["metrics"].items():
             arrow = "↑" if entry["higher_is_better"] else "↓"
@@ -90,24 +90,13 @@ def page(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
                     "–" if constant is None else f"{constant:.3f}",
                 )
             )
-    for run in multitask:
-        rows_of_seed = [
-            (
-                task,
-                entry["value"],
-                statistics.mean(value(r, task, metric) for r in alone[task]),
-                entry["higher_is_better"],
-            )
-            for task in TASKS
-            for metric, entry in run["tasks"][task]["metrics"].items()
-        ]
-        tasks, values, baselines, higher_is_better = zip(*rows_of_seed, strict=True)
-        deltas.append(
-            (
-                delta_m_metrics(values, baselines, higher_is_better),
-                delta_m_tasks(values, baselines, higher_is_better, tasks),
-            )
-        )
+    baselines = {
+        (task, metric): statistics.mean(value(run, task, metric) for run in alone[task])
+        for task in TASKS
+        for metric in multitask[0]["tasks"][task]["metrics"]
+    }
+    deltas = [delta_m(result_rows(run), baselines) for run in multitask]
+    left_out = f", {deltas[0].left_out}" if deltas[0].left_out else ""
     cost = multitask[0]["cost"]
     return PAGE.format(
         multitask_seeds=seeds(multitask),
@@ -116,10 +105,11 @@ def page(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
             ("task", "metric", "multitask", "single task", "constant predictor"), rows
         ),
         delta=(
-            "Delta-m against the single-task runs, over all "
-            "metrics:\n\n"
-            f"- mean over metrics, lower is better: {spread(d[0] for d in deltas)} %\n"
-            f"- mean over tasks, higher is better: {spread(d[1] for d in deltas)} %"
+            f"Delta-m against the single-task runs{left_out}:\n\n"
+            f"- mean over metrics, lower is better: "
+            f"{spread(delta.over_metrics or 0.0 for delta in deltas)} %\n"
+            f"- mean over tasks, higher is better: "
+            f"{spread(delta.over_tasks or 0.0 for delta in deltas)} %"
         ),
         cost=table(
             ("quantity", "main job"),
@@ -128,7 +118,10 @@ def page(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
                 ("active parameters", f"{cost['active_parameters']:,}"),
                 ("FLOPs a step", f"{cost['flops_per_step'] / 1e9:.1f} G"),
                 ("steps", str(multitask[0]["num_steps"])),
-                ("device", multitask[0]["device"]),
+                ("examples a second", f"{cost['examples_per_second']:.0f}"),
+                ("waiting for data", f"{cost['input_stall']:.1%}"),
+                ("whole run", f"{multitask[0]['wall_time_seconds']:.0f} s"),
+                ("device", f"2 CPU cores, as {multitask[0]['device']}"),
             ],
         ),
     )

@@ -90,7 +90,9 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
         dest="assignments",
         help="set a field by its dotted path; may be repeated",
     )
-    parser.add_argument("--smoke", action="store_true", help="shrink to a few small steps")
+    parser.add_argument(
+        "--smoke", action="store_true", help="shrink to a few small steps"
+    )
     parser.add_argument("--seed", type=int, help="same as --set seed=SEED")
     _add_devices(parser)
 
@@ -111,6 +113,11 @@ def _train(options: argparse.Namespace) -> None:
         experiment = configuration.build(config)
         train.validate(experiment)
         program = train.build_program(experiment)
+        _check_platform()
+        # They depend on the number of devices, and the order of the data on them.
+        shares = experiment.mixture.examples_per_batch(program.share_multiple)
+        for source, share in shares.items():
+            document["fields"][f"mixture.examples_per_batch.{source}"] = share
         workdir = options.workdir or Path("runs") / name.replace(":", "-")
         # Made only now: a mistake leaves no folder behind.
         folder = train.RunFolder(workdir)
@@ -214,6 +221,16 @@ def _set_devices(number: int | None) -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)
+
+
+def _check_platform() -> None:
+    """Refuses releases of JAX that compute wrong task gradients."""
+    from mtl_jax.optim.canary import check_task_gradients
+
+    try:
+        check_task_gradients()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 @contextlib.contextmanager

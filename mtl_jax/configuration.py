@@ -20,10 +20,16 @@ import fiddle as fdl
 from fiddle.experimental import serialization
 
 TRUSTED_MODULES = (
-    *(
-        f"mtl_jax.{room}"
-        for room in ("data", "layers", "models", "optim", "sharding", "tasks", "train")
-    ),
+    "mtl_jax.data.mixture",
+    "mtl_jax.data.sources",
+    "mtl_jax.data.transforms",
+    "mtl_jax.layers",
+    "mtl_jax.models",
+    "mtl_jax.optim",
+    "mtl_jax.sharding.rules",
+    "mtl_jax.tasks",
+    "mtl_jax.train.experiment",
+    "mtl_jax.train.optimizer",
     "fiddle._src.config",
     "fiddle._src.partial",
     "flax.linen",
@@ -90,6 +96,10 @@ def load_config(name: str, *, smoke: bool = False) -> fdl.Config:
         )
     config = variants[variant]()
     if smoke:
+        if not hasattr(module, "smoke"):
+            raise ValueError(
+                f"{path} cannot be shrunk by --smoke: it has no function smoke(config)"
+            )
         module.smoke(config)
     return config
 
@@ -108,7 +118,7 @@ def build(config: fdl.Config) -> Any:
     """
     try:
         return fdl.build(config)
-    except TypeError as error:
+    except (ImportError, TypeError) as error:
         raise ValueError(str(error)) from error
 
 
@@ -299,7 +309,10 @@ class _TrustedPackages(serialization.PyrefPolicy):
     def allows_import(self, module: str, symbol: str) -> bool:
         if module == "builtins":
             return symbol in _BUILTINS
-        return any(f"{module}.".startswith(f"{name}.") for name in self._packages)
+        # What is inside a class, such as a method, is nothing to configure.
+        return "." not in symbol and any(
+            f"{module}.".startswith(f"{name}.") for name in self._packages
+        )
 
     def allows_value(self, value: Any) -> bool:
         # A trusted module also holds the names that it imports from others.
@@ -333,8 +346,8 @@ def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl
     except serialization.PyrefPolicyError as error:
         raise ValueError(
             f"config.json names {error.module}.{error.symbol}, which is not in a "
-            f"trusted module ({', '.join(TRUSTED_MODULES)}); if you trust its author, "
-            f"add --trust {error.module.partition('.')[0]}"
+            f"trusted module ({', '.join(TRUSTED_MODULES)}); if it is your own and you "
+            f"trust it, add --trust {error.module}"
         ) from error
     except (KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
         raise ValueError(f"config.json cannot be read: {error}") from error

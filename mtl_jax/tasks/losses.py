@@ -15,6 +15,8 @@ LossTerms = tuple[Float[Array, " *shape"], Bool[Array, " *shape"]]
 
 def labelled(target: Array) -> Bool[Array, " *shape"]:
     """Which elements of ``target`` carry a label: not -1, not NaN."""
+    if target.dtype == jnp.bool_:
+        return jnp.ones_like(target)
     if jnp.issubdtype(target.dtype, jnp.integer):
         return target >= 0
     return ~jnp.isnan(target)

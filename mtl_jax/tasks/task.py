@@ -19,7 +19,7 @@ class Task:
       head: Module that maps trunk features ``[batch, height, width, channels]`` to
         a prediction.
       loss: Function of (prediction, target) to elementwise losses and the mask of
-        labelled elements; see `mtl_jax.tasks.losses`.
+        labelled elements, which is that of `mtl_jax.tasks.labelled`.
       metrics: What the task is judged by; the first is its headline.
       target: Field of the sources' records that holds the target; the task's name
         where empty.

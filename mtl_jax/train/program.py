@@ -107,7 +107,7 @@ class Program:
 
 
 def build_program(
-    experiment: Experiment, devices: Sequence[jax.Device] | None = None
+    experiment: Experiment, devices: Sequence[Any] | None = None
 ) -> Program:
     """Builds the mesh, the step and the shardings of an experiment.
 
@@ -120,8 +120,13 @@ def build_program(
 
     Raises:
       ValueError: If the mesh does not divide the devices, the experts or the shares
-        of the sources.
+        of the sources, or there are several processes.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"there are {jax.process_count()} processes; training runs on the devices "
+            "of one host"
+        )
     devices = jax.devices() if devices is None else devices
     shape = MeshShape(1) if len(devices) == 1 else experiment.mesh
     mesh = make_mesh(**dataclasses.asdict(shape), devices=devices)

@@ -95,13 +95,13 @@ class ProgressDisplay:
             self._live.update(self._render())
         elif evaluated:
             scores = ", ".join(
-                f"{task} {self._values[f'{task}/{metric}']:.3f}"
+                f"{task} {_number(self._values.get(f'{task}/{metric}'), 3)}"
                 for task, metric in self._headlines.items()
             )
             seconds = time.monotonic() - self._started
             self._console.print(
                 f"step {step}, {seconds:.0f} s, {speed}: loss "
-                f"{metrics['all/loss']:.3f}; {scores}",
+                f"{_number(metrics['all/loss'], 3)}; {scores}",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -118,5 +118,5 @@ class ProgressDisplay:
         return Group(self._bar, table)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

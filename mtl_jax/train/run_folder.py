@@ -68,13 +68,25 @@ class RunFolder:
             file.write(json.dumps(to_json(line), allow_nan=False) + "\n")
 
     def truncate(self, name: str, last_step: int) -> None:
-        """Drops the lines of a log after ``last_step``, a half-written one included."""
+        """Drops the lines of a log after ``last_step``, a half-written one included.
+
+        Raises:
+          ValueError: If a line before that is not JSON.
+        """
         path = self.path / name
         if not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} is damaged; mend or delete the file"
+                ) from error
+            if step > last_step:
                 break
             kept.append(line)
         temporary = path.with_name(f".{name}.tmp")

@@ -74,8 +74,11 @@ def task_metrics(evaluation: Evaluation, task_names: tuple[str, ...]) -> dict[st
     """Losses, gradient geometry and router statistics by flat name."""
     norms = jnp.sqrt(jnp.diagonal(evaluation.gramian))
     weights = optax.tree.get(evaluation.aggregator_state, "weights")
+    both_active = evaluation.active[:, None] & evaluation.active[None, :]
     metrics: dict[str, Any] = {
-        "all/cosine": cosine_similarity(evaluation.gramian),
+        "all/cosine": jnp.where(
+            both_active, cosine_similarity(evaluation.gramian), jnp.nan
+        ),
         "all/conflict_rate": conflict_rate(evaluation.gramian, evaluation.active),
     }
     for k, task in enumerate(task_names):

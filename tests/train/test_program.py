@@ -76,7 +76,12 @@ def test_experts_are_sharded_and_tokens_are_exchanged():
 
 def test_data_mesh_step_equals_a_pmap_step():
     """The data mesh against the older way: one program a device, gradients averaged."""
-    chosen = experiment(mesh=MeshShape(data=8), num_experts=0)
+    # Not Adam, whose first step hides the size of gradients, nor a warm-up from 0.
+    chosen = experiment(
+        mesh=MeshShape(data=8),
+        num_experts=0,
+        optimizer=lambda num_steps: optax.sgd(0.1),
+    )
     program = build_program(chosen)
     state = program.init_state()
     batches = training_batches(
@@ -104,10 +109,11 @@ def test_data_mesh_step_equals_a_pmap_step():
         params, jax.device_get(state.optimizer_state), split, jax.random.key(0)
     )
     step, _ = program.compile_step()
-    state, _ = step(state, program.place(batch))
+    state, metrics = step(state, program.place(batch))
+    assert metrics["all/update_norm"] > 1e-2
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(
-            ours, theirs[0], rtol=2e-5, atol=2e-6
+            ours, theirs[0], rtol=2e-5, atol=2e-7
         ),
         jax.device_get(state.params),
         jax.device_get(expected),
