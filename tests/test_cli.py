@@ -316,8 +316,8 @@ def test_eval_of_a_folder_without_a_run(mistake, empty_folder):
 
 def test_eval_of_a_run_without_checkpoints(run_folder, mistake, empty_folder):
     shutil.copy(run_folder / "config.json", empty_folder)
-    (empty_folder / "checkpoints").mkdir()
-    assert "has no checkpoint" in mistake("eval", ".")
+    assert "has no checkpoints yet" in mistake("eval", ".")
+    assert not (empty_folder / "checkpoints").exists()
 
 
 def test_eval_of_a_run_whose_config_names_what_it_must_not(
