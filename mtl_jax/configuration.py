@@ -6,6 +6,7 @@ default), and a function ``smoke`` that shrinks such a config to a few small ste
 """
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import inspect
@@ -271,16 +272,26 @@ def to_document(config: fdl.Config, name: str) -> dict[str, Any]:
     }
 
 
+def _value(node: fdl.Buildable, name: str) -> Any:
+    """A field as set or by default; Fiddle gives no default made by a factory."""
+    if name in fdl.ordered_arguments(node):
+        return getattr(node, name)
+    function = fdl.get_callable(node)
+    if dataclasses.is_dataclass(function):
+        for field in dataclasses.fields(function):
+            if field.name == name and field.default_factory is not dataclasses.MISSING:
+                return field.default_factory()
+    return inspect.signature(function).parameters[name].default
+
+
 def _flatten(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     prefix = f"{path}." if path else ""
     if isinstance(node, fdl.Buildable):
         function = fdl.get_callable(node)
         if path:
             yield path, f"{function.__module__}.{function.__qualname__}"
-        parameters = inspect.signature(function).parameters
         for name in _names(node):
-            value = getattr(node, name, parameters[name].default)
-            yield from _flatten(value, prefix + name)
+            yield from _flatten(_value(node, name), prefix + name)
     elif isinstance(node, Mapping):
         for name, item in node.items():
             yield from _flatten(item, f"{prefix}{name}")

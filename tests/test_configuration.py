@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -350,3 +351,13 @@ def test_a_package_of_one_s_own_needs_trust(tmp_path, monkeypatch):
 def test_a_damaged_document_is_refused(damaged):
     with pytest.raises(ValueError, match=r"config\.json"):
         from_document(damaged)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithFactory:
+    names: list = dataclasses.field(default_factory=lambda: ["a"])
+
+
+def test_a_default_made_by_a_factory_is_shown():
+    fields = to_document(fdl.Config(_WithFactory), "x")["fields"]
+    assert fields["names"] == ["a"]

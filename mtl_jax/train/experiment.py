@@ -72,7 +72,7 @@ class Experiment:
     gradients_at: Literal["params", "features"] = "params"
     sharpness: Callable | None = None
     mesh: MeshShape = MeshShape()
-    rules: Rules = dataclasses.field(default_factory=Rules)
+    rules: Rules = Rules()  # noqa: RUF009, as it is frozen
     seed: int = 0
     evaluate_every: int = 1000
     checkpoint_every: int = 1000
