@@ -276,12 +276,13 @@ def _value(node: fdl.Buildable, name: str) -> Any:
     """A field as set or by default; Fiddle gives no default made by a factory."""
     if name in fdl.ordered_arguments(node):
         return getattr(node, name)
-    function = fdl.get_callable(node)
+    function: Any = fdl.get_callable(node)
+    default = inspect.signature(function).parameters[name].default
     if dataclasses.is_dataclass(function):
         for field in dataclasses.fields(function):
             if field.name == name and field.default_factory is not dataclasses.MISSING:
                 return field.default_factory()
-    return inspect.signature(function).parameters[name].default
+    return default
 
 
 def _flatten(node: Any, path: str) -> Iterator[tuple[str, Any]]:
