@@ -121,7 +121,7 @@ def page(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
                 ("examples a second", f"{cost['examples_per_second']:.0f}"),
                 ("waiting for data", f"{cost['input_stall']:.1%}"),
                 ("whole run", f"{multitask[0]['wall_time_seconds']:.0f} s"),
-                ("device", f"2 CPU cores, as {multitask[0]['device']}"),
+                ("device", multitask[0]["device"]),
             ],
         ),
     )
