@@ -98,13 +98,18 @@ def mean_iou() -> Metric:
     )
 
 
+def _errors(prediction: Array, target: Array, mask: Array) -> tuple[Array, ...]:
+    """Which elements count, and their targets and errors in float32, 0 elsewhere."""
+    keep = element_mask(mask, target)
+    target = jnp.where(keep, target, 0.0).astype(jnp.float32)
+    return keep, target, jnp.where(keep, prediction.astype(jnp.float32) - target, 0.0)
+
+
 def r2() -> Metric:
     """Coefficient of determination: 1 - squared error / variance of the targets."""
 
     def update(prediction, target, mask):
-        keep = element_mask(mask, target)
-        target = jnp.where(keep, target, 0.0).astype(jnp.float32)
-        error = jnp.where(keep, prediction.astype(jnp.float32) - target, 0.0)
+        keep, target, error = _errors(prediction, target, mask)
         return {
             "count": jnp.sum(keep, dtype=jnp.float32),
             "target": jnp.sum(target),
@@ -129,9 +134,7 @@ def mean_absolute_error() -> Metric:
     """Mean absolute difference over the labelled elements, in units of the target."""
 
     def update(prediction, target, mask):
-        keep = element_mask(mask, target)
-        target = jnp.where(keep, target, 0.0).astype(jnp.float32)
-        error = jnp.where(keep, prediction.astype(jnp.float32) - target, 0.0)
+        keep, _, error = _errors(prediction, target, mask)
         return {
             "count": jnp.sum(keep, dtype=jnp.float32),
             "absolute_error": jnp.sum(jnp.abs(error)),
