@@ -11,12 +11,14 @@ def adamw(
     warmup_fraction: float = 0.05,
     weight_decay: float = 0.05,
     b2: float = 0.999,
+    eps: float = 1e-8,
     max_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up, cosine decay to 0 and clipping by global norm.
 
-    Weight decay leaves out parameters of a single axis. The learning rate in use
-    is in the state under ``learning_rate``.
+    Weight decay leaves out biases, scales of normalisations and any other parameter
+    of a single axis. The learning rate in use is in the state under
+    ``learning_rate``.
 
     Args:
       num_steps: Length of the run.
@@ -24,6 +26,7 @@ def adamw(
       warmup_fraction: Part of the run that the warm-up takes.
       weight_decay: Decoupled weight decay (Loshchilov & Hutter, 2019).
       b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
       max_norm: Global norm to clip the aggregated gradient to; None for no clipping.
 
     Returns:
@@ -41,7 +44,18 @@ def adamw(
         )(
             learning_rate=schedule,
             b2=b2,
+            eps=eps,
             weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=_decayed,
         ),
     )
+
+
+def _decayed(params: optax.Params) -> optax.Params:
+    # Biases of experts and of stacked heads have several axes: their names tell.
+    # Behind the name may come the box of a parameter that carries its logical axes.
+    def decays(path: tuple, leaf: jax.Array) -> bool:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return leaf.ndim > 1 and names[-1:] not in (["bias"], ["scale"])
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -14,7 +14,12 @@ TRUNK = functools.partial(
     VisionTransformer, width=8, depth=2, num_heads=2, patch_size=4, mlp_ratio=2
 )
 EXPERTS = functools.partial(
-    MoE, num_experts=4, num_selected=2, expert_hidden=8, group_size=2
+    MoE,
+    num_experts=4,
+    num_selected=2,
+    expert_hidden=8,
+    group_size=2,
+    router_init=nn.initializers.normal(0.4),
 )
 TRUNKS = {
     "dense": TRUNK(),

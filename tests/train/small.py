@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import numpy as np
 
 from mtl_jax import optim
@@ -93,7 +94,11 @@ def experiment(
 
         def moe(**arguments):
             return MoE(
-                num_experts=num_experts, expert_hidden=16, group_size=1, **arguments
+                num_experts=num_experts,
+                expert_hidden=16,
+                group_size=1,
+                router_init=nn.initializers.normal(0.3),
+                **arguments,
             )
 
     defaults = {

@@ -50,6 +50,9 @@ class MoE(nn.Module):
       dtype: Dtype of the experts' computation and the output. Parameters and routing
         are float32.
       expert: Makes one expert, given ``hidden``, ``dtype`` and ``name``.
+      router_init: Initialiser of the routers' kernels. Zeros leave the first choices
+        to the noise, so that experts start with equal load (Shazeer et al., 2017,
+        appendix A).
     """
 
     num_experts: int
@@ -63,6 +66,7 @@ class MoE(nn.Module):
     load_weight: float = 0.005
     dtype: DTypeLike = jnp.float32
     expert: Callable[..., nn.Module] = Mlp
+    router_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(
@@ -134,8 +138,8 @@ class MoE(nn.Module):
         shape, names = (groups.shape[-1], self.num_experts), ("embed", "expert_logits")
         if self.num_tasks is not None:
             shape, names = (self.num_tasks, *shape), ("task", *names)
-        init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(shape) - 2)))
-        kernel = self.param("router", nn.with_logical_partitioning(init, names), shape)
+        init = nn.with_logical_partitioning(self.router_init, names)
+        kernel = self.param("router", init, shape)
         if self.num_tasks is not None:
             kernel = jax.lax.dynamic_index_in_dim(kernel, task, keepdims=False)
         rows = groups.reshape(-1, groups.shape[-1]).astype(jnp.float32)

@@ -246,3 +246,14 @@ def test_routing_is_in_float32_whatever_the_dtype():
 def test_bad_input_is_named(changes, batch, task, message):
     with pytest.raises(ValueError, match=message):
         layer(**changes).init(jax.random.key(0), inputs(batch), task, train=False)
+
+
+def test_experts_start_with_equal_load():
+    module = layer(num_experts=8, group_size=32)
+    x = inputs(batch=32, tokens=64)
+    params = module.init(jax.random.key(0), x, train=False)
+    _, collections = module.apply(
+        params, x, train=True, rngs={"router": jax.random.key(1)}, mutable=COLLECTIONS
+    )
+    # 4,096 assignments: a share of 1/8 has a standard deviation of 0.005.
+    np.testing.assert_allclose(collections["statistics"]["load"], 1 / 8, atol=0.02)

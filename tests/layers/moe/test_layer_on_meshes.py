@@ -18,6 +18,7 @@ MODULE = MoE(
     num_experts=8,
     expert_hidden=12,
     group_size=2,
+    router_init=nn.initializers.normal(0.3),
     capacity_factor=0.8,
     num_tasks=3,
     importance_weight=1.0,

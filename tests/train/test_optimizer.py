@@ -1,0 +1,31 @@
+"""The optimizer: what decays and how fast it learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtl_jax.train import adamw
+
+
+def test_only_weights_decay():
+    params = {
+        "experts": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))},
+        "norm": {"scale": jnp.ones(3)},
+        "router": jnp.ones((3, 2)),
+    }
+    optimizer = adamw(num_steps=1, learning_rate=0.5, weight_decay=0.1)
+    state = optimizer.init(params)
+    zero = optax.tree.zeros_like(params)
+    # The first step of the warm-up has a learning rate of zero.
+    updates, state = optimizer.update(zero, state, params)
+    updates, state = optimizer.update(zero, state, params)
+
+    np.testing.assert_allclose(updates["experts"]["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["router"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["experts"]["bias"], 0)
+    np.testing.assert_array_equal(updates["norm"]["scale"], 0)
+    rate = optax.tree.get(
+        state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
+    )
+    assert rate == np.float32(0.5)
