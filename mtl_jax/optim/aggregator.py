@@ -20,15 +20,29 @@ Aggregator = aggregating.Aggregator
 
 
 class AggregatorState(NamedTuple):
-    """State of a Gramian aggregator.
+    """State of a method that weighs tasks by their Gramian.
 
     Attributes:
-        weights: The weights of the latest update, for logging; zeros before the first.
+        weights: The weights of the latest update, zeros before the first.
         key: A typed PRNG key for random methods, None for deterministic ones.
+        memory: What the method carries from step to step, None for stateless ones.
     """
 
     weights: Float[Array, " tasks"]
     key: PRNGKeyArray | None
+    memory: PyTree
+
+
+class RowState(NamedTuple):
+    """State of a method that needs the task gradients themselves.
+
+    Attributes:
+        key: A typed PRNG key for random methods, None for deterministic ones.
+        memory: What the method carries from step to step, None for stateless ones.
+    """
+
+    key: PRNGKeyArray | None
+    memory: PyTree
 
 
 def gramian(task_gradients: PyTree) -> Float[Array, "tasks tasks"]:
@@ -112,7 +126,7 @@ def conflict_rate(
         The number of pairs with a negative inner product over the number of pairs, in
         [0, 1]; 0 where there are fewer than two active tasks.
     """
-    active = _all_active(gramian) if active is None else active
+    active = all_active(gramian.shape[0]) if active is None else active
     pairs = jnp.triu(active[:, None] & active[None, :], k=1)
     conflicts = jnp.sum(pairs & (gramian < 0)).astype(gramian.dtype)
     return conflicts / jnp.maximum(jnp.sum(pairs), 1).astype(gramian.dtype)
@@ -141,7 +155,7 @@ def unit_rows(
         orthogonal unit rows (cosine 1 with themselves, 0 with all others), their norms
         are 0.
     """
-    active = _all_active(gramian) if active is None else active
+    active = all_active(gramian.shape[0]) if active is None else active
     both = active[:, None] & active[None, :]
     gramian = jnp.where(both, gramian, 0)
     identity = jnp.eye(gramian.shape[0], dtype=bool)
@@ -150,22 +164,30 @@ def unit_rows(
 
 
 def from_weights(
-    weights: Callable[..., Float[Array, " tasks"]],
+    weights: Callable[..., Any],
     num_tasks: int,
     *,
     seed: int | None = None,
+    memory: Callable[[jnp.dtype], PyTree] | None = None,
+    needs_losses: bool = False,
 ) -> Aggregator:
     """Make an aggregator of a function that weighs tasks by their Gramian.
 
-    The update is `sum_k w_k g_k` with `w = weights(gramian, active)`, or, where a seed
-    is given, `w = weights(gramian, active, key)` with a fresh key every step. A
-    function that ignores the Gramian costs nothing for it under `jax.jit`.
+    The update is `sum_k w_k g_k` with `w = weights(gramian, active)`. What else the
+    function is given is decided by the arguments below. A function that ignores the
+    Gramian costs nothing for it under `jax.jit`.
 
     Args:
         weights: Pure function `(gramian [tasks, tasks], active [tasks]) -> [tasks]`
             that gives inactive tasks weight 0.
         num_tasks: Length of the leading axis of every gradient.
-        seed: Seed of the key kept in the state; None for a deterministic method.
+        seed: Seed of the key kept in the state; `weights` then takes a fresh `key`
+            every step. None for a deterministic method.
+        memory: Makes what the method carries from step to step, a pytree of arrays,
+            given the dtype of the Gramian; `weights` then takes it as `memory` and
+            returns `(weights, memory)`. None for a stateless method.
+        needs_losses: Whether `weights` takes `losses`, `[tasks]` in the Gramian's
+            dtype.
 
     Returns:
         An `optax` aggregator. `update(task_gradients, state, params=None, *,
@@ -175,15 +197,16 @@ def from_weights(
 
     Raises:
         ValueError: If `num_tasks < 1`, or, from `update`, if a gradient's leading axis
-            is not `num_tasks`.
+            is not `num_tasks` or the method needs losses and is given none.
     """
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks is {num_tasks}; pass 1 or more.")
+    check_num_tasks(num_tasks)
 
     def init(params: optax.Params) -> AggregatorState:
+        dtype = accumulation_dtype(params)
         return AggregatorState(
-            weights=jnp.zeros(num_tasks, accumulation_dtype(params)),
+            weights=jnp.zeros(num_tasks, dtype),
             key=None if seed is None else jax.random.key(seed),
+            memory=None if memory is None else memory(dtype),
         )
 
     def update(
@@ -195,20 +218,88 @@ def from_weights(
         active: Bool[Array, " tasks"] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, AggregatorState]:
-        del params, losses, extra
-        _check_leading_axis(task_gradients, num_tasks)
+        del params, extra
+        check_leading_axis(task_gradients, num_tasks)
         matrix = gramian(task_gradients)
-        active = _all_active(matrix) if active is None else active
-        if state.key is None:
-            key, values = None, weights(matrix, active)
-        else:
-            key, subkey = jax.random.split(state.key)
-            values = weights(matrix, active, subkey)
-        # The state's dtype must not change between steps, or jit would compile again.
-        new_state = AggregatorState(values.astype(state.weights.dtype), key)
+        active = all_active(num_tasks) if active is None else active
+        key, inputs = state.key, {}
+        if key is not None:
+            key, inputs["key"] = jax.random.split(key)
+        if memory is not None:
+            inputs["memory"] = state.memory
+        if needs_losses:
+            inputs["losses"] = check_losses(losses, num_tasks).astype(matrix.dtype)
+        values = weights(matrix, active, **inputs)
+        values, carried = values if memory is not None else (values, None)
+        # The state's dtypes must not change between steps, or jit would compile again.
+        new_state = AggregatorState(
+            values.astype(state.weights.dtype), key, like(carried, state.memory)
+        )
         return weighted_sum(task_gradients, values), new_state
 
-    return _aggregator(init, update)
+    return make_aggregator(init, update)
+
+
+def from_rows(
+    combine: Callable[..., Any],
+    num_tasks: int,
+    *,
+    seed: int | None = None,
+    memory: Callable[[optax.Params], PyTree] | None = None,
+    needs_losses: bool = False,
+) -> Aggregator:
+    """Make an aggregator of a function that needs the task gradients themselves.
+
+    Args:
+        combine: Pure function `(task_gradients, active) -> gradient`, from leaves
+            `[tasks, *shape]` to leaves `[*shape]`.
+        num_tasks: Length of the leading axis of every gradient.
+        seed: Seed of the key kept in the state; `combine` then takes a fresh `key`
+            every step. None for a deterministic method.
+        memory: Makes what the method carries from step to step, given the parameters;
+            `combine` then takes it as `memory` and returns `(gradient, memory)`. Past
+            gradients are kept here as leaves `[num_tasks, *shape]`. None for a
+            stateless method.
+        needs_losses: Whether `combine` takes `losses`, `[tasks]`.
+
+    Returns:
+        An `optax` aggregator as that of `from_weights`, whose state is a `RowState`.
+
+    Raises:
+        ValueError: As `from_weights`.
+    """
+    check_num_tasks(num_tasks)
+
+    def init(params: optax.Params) -> RowState:
+        return RowState(
+            key=None if seed is None else jax.random.key(seed),
+            memory=None if memory is None else memory(params),
+        )
+
+    def update(
+        task_gradients: PyTree,
+        state: RowState,
+        params: optax.Params | None = None,
+        *,
+        losses: Float[Array, " tasks"] | None = None,
+        active: Bool[Array, " tasks"] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, RowState]:
+        del params, extra
+        check_leading_axis(task_gradients, num_tasks)
+        active = all_active(num_tasks) if active is None else active
+        key, inputs = state.key, {}
+        if key is not None:
+            key, inputs["key"] = jax.random.split(key)
+        if memory is not None:
+            inputs["memory"] = state.memory
+        if needs_losses:
+            inputs["losses"] = check_losses(losses, num_tasks)
+        gradient = combine(task_gradients, active, **inputs)
+        gradient, carried = gradient if memory is not None else (gradient, None)
+        return gradient, RowState(key, like(carried, state.memory))
+
+    return make_aggregator(init, update)
 
 
 def chain_after(
@@ -229,7 +320,17 @@ def chain_after(
         An aggregator whose state is `(aggregator_state, transformation_state)`. Its
         update hands `losses` and `active` to the aggregator alone, and any other
         keyword to both.
+
+    Raises:
+        TypeError: If `aggregator` is no aggregator, or `transformation` is one: the
+            order is wrong.
     """
+    if not isinstance(aggregator, Aggregator) or isinstance(transformation, Aggregator):
+        raise TypeError(
+            "chain_after takes an aggregator, then a transformation of the one "
+            "gradient that it returns. A transformation put first, such as clipping, "
+            "would act on the stacked gradients of all tasks as if they were one."
+        )
     transformation = optax.with_extra_args_support(transformation)
 
     def init(params: optax.Params) -> tuple[Any, optax.OptState]:
@@ -258,16 +359,54 @@ def chain_after(
         )
         return updates, (aggregator_state, transformation_state)
 
-    return _aggregator(init, update)
+    return make_aggregator(init, update)
 
 
-def _aggregator(init: Callable[..., Any], update: Callable[..., Any]) -> Aggregator:
-    # Optax declares its first argument as `updates`; ours says what it is.
+def check_num_tasks(num_tasks: int) -> None:
+    """Raise ValueError unless there is at least one task."""
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks is {num_tasks}; pass 1 or more.")
+
+
+def check_leading_axis(task_gradients: PyTree, num_tasks: int) -> None:
+    """Raise ValueError unless every leaf has one gradient a task."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(task_gradients):
+        if leaf.shape[:1] != (num_tasks,):
+            raise ValueError(
+                f"task_gradients{jax.tree_util.keystr(path)} has shape {leaf.shape}, "
+                f"but num_tasks is {num_tasks}; stack one gradient a task along the "
+                "leading axis."
+            )
+
+
+def check_losses(
+    losses: Float[Array, " tasks"] | None, num_tasks: int
+) -> Float[Array, " tasks"]:
+    """Give the losses back as constants; raise ValueError where they are missing."""
+    if losses is None or jnp.shape(losses) != (num_tasks,):
+        raise ValueError(
+            f"losses is {None if losses is None else jnp.shape(losses)}; this method "
+            f"needs the losses of its {num_tasks} tasks, losses=[num_tasks]."
+        )
+    return jax.lax.stop_gradient(losses)
+
+
+def all_active(num_tasks: int) -> Bool[Array, " tasks"]:
+    """The mask of tasks that are all present."""
+    return jnp.ones(num_tasks, bool)
+
+
+def like(tree: PyTree, example: PyTree) -> PyTree:
+    """Give a tree the dtypes of another of the same structure."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, example)
+
+
+def make_aggregator(init: Callable[..., Any], update: Callable[..., Any]) -> Aggregator:
+    """Pair the functions of an aggregator.
+
+    Optax calls the first argument of `update` `updates`; here it is `task_gradients`.
+    """
     return Aggregator(init, update)
-
-
-def _all_active(gramian: Float[Array, "tasks tasks"]) -> Bool[Array, " tasks"]:
-    return jnp.ones(gramian.shape[0], bool)
 
 
 def _leaf_gramian(leaf: Array) -> Float[Array, "tasks tasks"]:
@@ -280,13 +419,3 @@ def _leaf_gramian(leaf: Array) -> Float[Array, "tasks tasks"]:
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=accumulation_dtype(leaf),
     )
-
-
-def _check_leading_axis(task_gradients: PyTree, num_tasks: int) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(task_gradients):
-        if leaf.shape[:1] != (num_tasks,):
-            raise ValueError(
-                f"task_gradients{jax.tree_util.keystr(path)} has shape {leaf.shape}, "
-                f"but num_tasks is {num_tasks}; stack one gradient a task along the "
-                "leading axis."
-            )
