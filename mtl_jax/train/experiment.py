@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from optax.experimental import aggregating
 
 from mtl_jax.data.mixture import Mixture
 from mtl_jax.models.multitask import MultitaskModel, repeat
+from mtl_jax.optim import Aggregator, Balancer
 from mtl_jax.sharding import Rules
 from mtl_jax.tasks.task import Task
 
@@ -44,12 +44,15 @@ class Experiment:
       tasks: What to predict; their order is the order of task indices.
       mixture: The data sets and which tasks they label.
       trunk: Flax module from images to token features.
-      aggregator: Called with the number of tasks; turns task gradients into one.
+      aggregator: Called with the number of tasks; makes an aggregator, which turns
+        task gradients into one, or a balancer, which weighs losses and needs no task
+        gradients.
       optimizer: Called with the number of steps; the Optax chain behind the
         aggregator.
       num_steps: Updates in the run.
       gradients_at: Where task gradients are taken: at the trunk's ``params`` (exact)
-        or at its ``features`` (as cheap as a plain sum; shared trunks only).
+        or at its ``features`` (as cheap as a plain sum; shared trunks only). Balancers
+        have no use for it.
       sharpness: Wraps the gradient function, such as a partial
         `mtl_jax.optim.sharpness_aware`; None for plain gradients.
       mesh: Shape of the device mesh.
@@ -66,7 +69,7 @@ class Experiment:
     tasks: tuple[Task, ...]
     mixture: Mixture
     trunk: nn.Module
-    aggregator: Callable[..., aggregating.Aggregator]
+    aggregator: Callable[..., Aggregator | Balancer]
     optimizer: Callable[..., optax.GradientTransformation]
     num_steps: int
     gradients_at: Literal["params", "features"] = "params"

@@ -18,7 +18,7 @@ from optax.experimental import aggregating
 
 from mtl_jax.data.batch import Batch
 from mtl_jax.models.multitask import repeat
-from mtl_jax.optim import gramian
+from mtl_jax.optim import Balancer, from_balancer, gramian
 from mtl_jax.train.objective import Objective
 
 
@@ -40,11 +40,11 @@ class Evaluation(NamedTuple):
     active: Bool[Array, " tasks"]
     gramian: Float[Array, "tasks tasks"]
     statistics: Mapping[str, Mapping[str, Any]]
-    aggregator_state: optax.OptState
+    aggregator_state: Any
 
 
 GradientFunction = Callable[
-    [Mapping, Batch, Key[Array, ""], optax.OptState], tuple[Evaluation, Mapping]
+    [Mapping, Batch, Key[Array, ""], Any], tuple[Evaluation, Mapping]
 ]
 
 
@@ -168,6 +168,38 @@ def at_features(
             _evaluation(losses, sources, active, task_gradients, aggregator_state),
             {"trunk": trunk_gradient, "heads": head_gradients},
         )
+
+    return evaluate
+
+
+def balanced(objective: Objective, balancer: Balancer) -> GradientFunction:
+    """Weighs the losses before they are differentiated: the cost of a plain sum.
+
+    Trunk and heads get the gradient of ``sum_k w_k L_k``. Auxiliary losses of a shared
+    trunk are added as they are; those of a pass that one task has to itself weigh as
+    much as the task. The Gramian that is logged is the one at hand: at the features of
+    a shared trunk, and at the parameters where every task has its own pass.
+
+    Args:
+      objective: The task losses.
+      balancer: Weighs them.
+
+    Returns:
+      The gradient function, whose aggregator state is a `BalancerState`.
+    """
+    take = at_params if objective.model.task_conditioned else at_features
+    unweighted = take(objective, from_balancer(balancer, len(objective.tasks)))
+
+    def evaluate(params, batch, key, aggregator_state):
+        evaluation, gradient = unweighted(params, batch, key, aggregator_state)
+        heads = {}
+        for k, task in enumerate(objective.tasks):
+            weight = evaluation.aggregator_state.weights[k]
+            heads[task.name] = jax.tree.map(
+                lambda leaf, weight=weight: weight.astype(leaf.dtype) * leaf,
+                gradient["heads"][task.name],
+            )
+        return evaluation, {"trunk": gradient["trunk"], "heads": heads}
 
     return evaluate
 

@@ -67,6 +67,45 @@ class Objective:
         total = jnp.sum(jnp.where(keep, values, 0.0), dtype=jnp.float32)
         return total / jnp.maximum(count, 1.0)
 
+    def losses(
+        self, params: Mapping, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, " tasks"], Float[Array, ""]]:
+        """The loss of every task, and the sum of the auxiliary losses.
+
+        Args:
+          params: ``{"trunk", "heads"}``.
+          batch: The global batch.
+          key: PRNG key of the step.
+
+        Returns:
+          Losses in the order of the tasks, and the routers' auxiliary losses added up.
+        """
+        counts = dict(
+            zip((t.name for t in self.tasks), self.label_counts(batch), strict=True)
+        )
+        by_name = {task.name: task for task in self.tasks}
+        losses = {task.name: jnp.float32(0.0) for task in self.tasks}
+        auxiliary = jnp.float32(0.0)
+        for i, (source, names) in enumerate(self.labels.items()):
+            passes = self.model.num_passes(names)
+            output = self.model.apply_trunk(
+                repeat(params["trunk"], passes),
+                batch[source].inputs,
+                names,
+                train=True,
+                key=jax.random.fold_in(key, i),
+            )
+            auxiliary += jnp.sum(output.auxiliary_loss)
+            for j, name in enumerate(names):
+                losses[name] += self.task_loss(
+                    params["heads"][name],
+                    output.features[j % passes],
+                    batch[source],
+                    by_name[name],
+                    counts[name],
+                )
+        return jnp.stack(list(losses.values())), auxiliary
+
     def summed_loss(
         self, params: Mapping, batch: Batch, key: Key[Array, ""]
     ) -> Float[Array, ""]:
@@ -80,27 +119,5 @@ class Objective:
         Returns:
           The scalar that training by a plain sum minimises.
         """
-        counts = dict(
-            zip((t.name for t in self.tasks), self.label_counts(batch), strict=True)
-        )
-        by_name = {task.name: task for task in self.tasks}
-        total = jnp.float32(0.0)
-        for i, (source, names) in enumerate(self.labels.items()):
-            passes = self.model.num_passes(names)
-            output = self.model.apply_trunk(
-                repeat(params["trunk"], passes),
-                batch[source].inputs,
-                names,
-                train=True,
-                key=jax.random.fold_in(key, i),
-            )
-            total += jnp.sum(output.auxiliary_loss)
-            for j, name in enumerate(names):
-                total += self.task_loss(
-                    params["heads"][name],
-                    output.features[j % passes],
-                    batch[source],
-                    by_name[name],
-                    counts[name],
-                )
-        return total
+        losses, auxiliary = self.losses(params, batch, key)
+        return jnp.sum(losses) + auxiliary

@@ -13,13 +13,19 @@ from jax.sharding import Mesh, NamedSharding
 
 from mtl_jax.data.batch import Batch
 from mtl_jax.data.mixture import stack_records
+from mtl_jax.optim import Aggregator, Balancer, from_balancer
 from mtl_jax.sharding import make_mesh, param_shardings, spec
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.flops import count_flops
-from mtl_jax.train.gradients import GradientFunction, at_features, at_params
+from mtl_jax.train.gradients import (
+    GradientFunction,
+    at_features,
+    at_params,
+    balanced,
+)
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.state import TrainState
-from mtl_jax.train.step import Step, make_train_step
+from mtl_jax.train.step import Step, make_train_step, observing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +147,22 @@ def build_program(
         )
     num_tasks = len(experiment.tasks)
     objective = Objective(experiment.model, experiment.tasks, experiment.labels)
-    aggregator = experiment.aggregator(num_tasks=num_tasks)
+    method = _method(experiment)
+    if isinstance(method, Balancer):
+        gradient_function = balanced(objective, method)
+        aggregator = from_balancer(method, num_tasks)
+    else:
+        take = {"params": at_params, "features": at_features}[experiment.gradients_at]
+        gradient_function = take(objective, method)
+        aggregator = method
     optimizer = experiment.optimizer(num_steps=experiment.num_steps)
-    take = {"params": at_params, "features": at_features}[experiment.gradients_at]
     step = make_train_step(
-        _sharpened(take(objective, aggregator), objective, experiment),
+        _sharpened(gradient_function, objective, experiment),
         optimizer,
         tuple(task.name for task in experiment.tasks),
     )
+    if isinstance(method, Balancer) and method.observe is not None:
+        step = observing(step, objective, method)
 
     def init(key: jax.Array) -> TrainState:
         params_key, step_key = jax.random.split(key)
@@ -172,6 +186,17 @@ def build_program(
         param_shardings(abstract_state, mesh, experiment.rules),
         share_multiple,
     )
+
+
+def _method(experiment: Experiment) -> Aggregator | Balancer:
+    method = experiment.aggregator(num_tasks=len(experiment.tasks))
+    if not isinstance(method, Aggregator | Balancer):
+        raise ValueError(
+            f"aggregator makes a {type(method).__name__}; it must make an aggregator "
+            "or a balancer of mtl_jax.optim. Clipping and the like act on the one "
+            "gradient that comes out of it: put them in the optimizer"
+        )
+    return method
 
 
 def _sharpened(

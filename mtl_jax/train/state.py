@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import optax
@@ -23,6 +24,6 @@ class TrainState:
 
     step: Int[Array, ""]
     params: Mapping
-    aggregator_state: optax.OptState
+    aggregator_state: Any
     optimizer_state: optax.OptState
     key: Key[Array, ""]

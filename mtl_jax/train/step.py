@@ -1,5 +1,6 @@
 """The training step: a pure function of state and batch."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ import optax
 from jaxtyping import Array
 
 from mtl_jax.data.batch import Batch
-from mtl_jax.optim import conflict_rate, cosine_similarity
+from mtl_jax.optim import Balancer, conflict_rate, cosine_similarity
 from mtl_jax.train.gradients import Evaluation, GradientFunction
+from mtl_jax.train.objective import Objective
 from mtl_jax.train.state import TrainState
 
 Metrics = Mapping[str, Array]
@@ -70,10 +72,39 @@ def make_train_step(
     return step
 
 
+def observing(step: Step, objective: Objective, balancer: Balancer) -> Step:
+    """Shows a balancer the losses of the same batch after every update.
+
+    Args:
+      step: Training step whose aggregator state is a `BalancerState`.
+      objective: The losses; evaluated once more, with the same key.
+      balancer: One that has an ``observe``.
+
+    Returns:
+      The step at the cost of one more forward pass.
+    """
+    observe = balancer.observe
+    assert observe is not None
+
+    def observed(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        state, metrics = step(state, batch)
+        losses, _ = objective.losses(state.params, batch, key)
+        balance = state.aggregator_state
+        memory = observe(losses, balance.memory, objective.label_counts(batch) > 0)
+        state = dataclasses.replace(
+            state,
+            aggregator_state=balance._replace(memory=memory),
+        )
+        return state, metrics
+
+    return observed
+
+
 def task_metrics(evaluation: Evaluation, task_names: tuple[str, ...]) -> dict[str, Any]:
     """Losses, gradient geometry and router statistics by flat name."""
     norms = jnp.sqrt(jnp.diagonal(evaluation.gramian))
-    weights = optax.tree.get(evaluation.aggregator_state, "weights")
+    weights = getattr(evaluation.aggregator_state, "weights", None)
     both_active = evaluation.active[:, None] & evaluation.active[None, :]
     metrics: dict[str, Any] = {
         "all/cosine": jnp.where(

@@ -11,7 +11,7 @@ from mtl_jax import optim
 from mtl_jax.data import training_batches
 from mtl_jax.models.multitask import repeat
 from mtl_jax.train import build_program
-from mtl_jax.train.gradients import at_features, at_params
+from mtl_jax.train.gradients import at_features, at_params, balanced
 
 KEY = jax.random.key(3)
 
@@ -124,6 +124,32 @@ def test_sum_at_features_is_the_gradient_of_the_summed_loss():
     gramian = np.asarray(evaluation.gramian)
     assert np.all(gramian[:2, 2:] == 0)
     assert np.all(np.diag(gramian) > 0)
+
+
+@pytest.mark.parametrize("num_routers", [4, None], ids=["router a task", "shared"])
+def test_balanced_losses_are_weighed_in_trunk_and_heads(num_routers):
+    objective, params, batch = setup(num_routers=num_routers)
+    weights = jnp.array([2.0, 0.5, 1.0, 3.0])
+    balancer = optim.Balancer(
+        init=lambda: (), weights=lambda losses, state, active: (weights, state)
+    )
+
+    def weighted(params):
+        losses = reference_losses(objective, params, batch)
+        total = 0.0
+        for k, task in enumerate(objective.tasks):
+            with_auxiliary, alone = losses[task.name]
+            share = weights[k] if num_routers else 1.0
+            total += weights[k] * alone + share * (with_auxiliary - alone)
+        return total
+
+    expected = jax.jit(jax.grad(weighted))(params)
+    state = optim.BalancerState(jnp.zeros(4), ())
+    evaluation, gradient = jax.jit(balanced(objective, balancer))(
+        params, batch, KEY, state
+    )
+    assert_trees_close(gradient, expected)
+    np.testing.assert_array_equal(evaluation.aggregator_state.weights, weights)
 
 
 def test_a_task_without_labels_is_inactive_and_has_no_gradient():

@@ -193,3 +193,41 @@ def test_the_seed_decides_the_parameters():
 
     np.testing.assert_array_equal(kernel(0), kernel(0))
     assert not jnp.array_equal(kernel(0), kernel(1))
+
+
+def test_a_balancer_sees_the_same_batch_again_after_the_update():
+    # A balancer that only remembers what it was shown.
+    def method(num_tasks):
+        return optim.Balancer(
+            init=lambda: (jnp.zeros(num_tasks), jnp.zeros(num_tasks)),
+            weights=lambda losses, memory, active: (
+                jnp.ones(num_tasks),
+                (losses, memory[1]),
+            ),
+            observe=lambda losses, memory, active: (memory[0], losses),
+        )
+
+    chosen = experiment(num_experts=0, aggregator=method)
+    program = build_program(chosen, jax.devices()[:1])
+    step, _ = program.compile_step()
+    batches = training_batches(
+        chosen.mixture, {task.name: task.field for task in chosen.tasks}, 0, 8
+    )
+    batch = program.place(next(batches))
+    # The first step of the warm-up moves nothing, the second does.
+    state, metrics = step(program.init_state(), batch)
+    before, after = state.aggregator_state.memory
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+    state, metrics = step(state, batch)
+    before, after = state.aggregator_state.memory
+    assert float(metrics["all/update_norm"]) > 0
+    assert np.all(np.asarray(after) != np.asarray(before))
+    again, _ = program.objective.losses(state.params, batch, jax.random.key(0))
+    # No noise in a dense trunk: the losses depend on parameters and batch alone.
+    np.testing.assert_allclose(after, again, rtol=1e-5)
+
+
+def test_clipping_in_place_of_an_aggregator_is_refused():
+    chosen = experiment(aggregator=lambda num_tasks: optax.clip_by_global_norm(1.0))
+    with pytest.raises(ValueError, match="put them in the optimizer"):
+        build_program(chosen, jax.devices()[:1])
