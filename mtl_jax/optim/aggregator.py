@@ -62,15 +62,33 @@ def gramian(task_gradients: PyTree) -> Float[Array, "tasks tasks"]:
     Raises:
         ValueError: If the tree has no leaves.
     """
-    leaves = jax.tree.leaves(task_gradients)
-    if not leaves:
+    return cross_gramian(task_gradients, task_gradients)
+
+
+def cross_gramian(first: PyTree, second: PyTree) -> Float[Array, "tasks tasks"]:
+    """Inner products of the task gradients of one batch with those of another.
+
+    `A[i, j] = first_i · second_j`. With independent batches its mean is the Gramian of
+    the mean gradients, to which the Gramian of one batch adds the noise of the batch.
+    It need not be symmetric, and its diagonal can be negative. Contracted as `gramian`.
+
+    Args:
+        first: Pytree of floating-point leaves `[tasks, *shape]`.
+        second: Pytree of the same structure, shapes and types.
+
+    Returns:
+        The matrix, of the type that `gramian` would have.
+
+    Raises:
+        ValueError: If the trees have no leaves or different structures.
+    """
+    dtype = accumulation_dtype((first, second))
+    products = jax.tree.leaves(jax.tree.map(_leaf_products, first, second))
+    if not products:
         raise ValueError(
             "task_gradients has no leaves; pass a tree of arrays [num_tasks, *shape]."
         )
-    dtype = accumulation_dtype(task_gradients)
-    return functools.reduce(
-        jnp.add, (_leaf_gramian(leaf).astype(dtype) for leaf in leaves)
-    )
+    return functools.reduce(jnp.add, (product.astype(dtype) for product in products))
 
 
 def weighted_sum(
@@ -368,12 +386,14 @@ def check_num_tasks(num_tasks: int) -> None:
         raise ValueError(f"num_tasks is {num_tasks}; pass 1 or more.")
 
 
-def check_leading_axis(task_gradients: PyTree, num_tasks: int) -> None:
+def check_leading_axis(
+    task_gradients: PyTree, num_tasks: int, name: str = "task_gradients"
+) -> None:
     """Raise ValueError unless every leaf has one gradient a task."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(task_gradients):
         if leaf.shape[:1] != (num_tasks,):
             raise ValueError(
-                f"task_gradients{jax.tree_util.keystr(path)} has shape {leaf.shape}, "
+                f"{name}{jax.tree_util.keystr(path)} has shape {leaf.shape}, "
                 f"but num_tasks is {num_tasks}; stack one gradient a task along the "
                 "leading axis."
             )
@@ -409,13 +429,13 @@ def make_aggregator(init: Callable[..., Any], update: Callable[..., Any]) -> Agg
     return Aggregator(init, update)
 
 
-def _leaf_gramian(leaf: Array) -> Float[Array, "tasks tasks"]:
-    axes = tuple(range(1, leaf.ndim))
+def _leaf_products(first: Array, second: Array) -> Float[Array, "tasks tasks"]:
+    axes = tuple(range(1, first.ndim))
     # The default precision multiplies in bfloat16 on a TPU and in TF32 on some GPUs.
     return jax.lax.dot_general(
-        leaf,
-        leaf,
+        first,
+        second,
         dimension_numbers=((axes, axes), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=accumulation_dtype(leaf),
+        preferred_element_type=accumulation_dtype(first),
     )

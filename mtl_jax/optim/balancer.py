@@ -5,6 +5,7 @@ gradient of `sum_k w_k L_k`, and is done: the cost is that of a plain sum whatev
 number of tasks.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from mtl_jax.optim.aggregator import (
     Aggregator,
+    accumulation_dtype,
     all_active,
     check_leading_axis,
     check_losses,
@@ -71,8 +73,11 @@ def make_balancer(
         observe: `(losses, state, active) -> state`, see `Balancer`.
 
     Returns:
-        The balancer. Its functions check the shape of the losses, take them as
-        constants, float32 (float64 if they are), and `active` as all by default.
+        The balancer. Its functions check the shape of the losses, take them as finite
+        constants, float32 (float64 if they are), 0 for inactive tasks, and `active` as
+        all by default. They are given the state's floats in the type of the losses and
+        return them in their own, so that a state keeps its types whatever the losses
+        are.
 
     Raises:
         ValueError: If `num_tasks < 1`, or, from its functions, if the losses are not
@@ -82,17 +87,22 @@ def make_balancer(
 
     def prepare(losses: Array, active: Array | None) -> tuple[Array, Array]:
         losses = check_losses(losses, num_tasks)
-        losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
-        return losses, all_active(num_tasks) if active is None else active
+        losses = losses.astype(accumulation_dtype(losses))
+        active = all_active(num_tasks) if active is None else active
+        # The largest number for infinity, whose differences and quotients are NaN.
+        limit = jnp.finfo(losses.dtype).max
+        return jnp.where(active, jnp.clip(losses, -limit, limit), 0), active
 
     def weigh(losses, state, active=None):
         losses, active = prepare(losses, active)
-        return weights(losses, state, active)
+        values, carried = weights(losses, _with_floats(state, losses.dtype), active)
+        return values, _with_floats_of(carried, state)
 
     def watch(losses, state, active=None):
         assert observe is not None
         losses, active = prepare(losses, active)
-        return observe(losses, state, active)
+        carried = observe(losses, _with_floats(state, losses.dtype), active)
+        return _with_floats_of(carried, state)
 
     return Balancer(init, weigh, None if observe is None else watch)
 
@@ -146,3 +156,47 @@ def softmax_weights(
     """Softmax over the active tasks, 0 for the others and where none is active."""
     values = jax.nn.softmax(jnp.where(active, logits, -jnp.inf))
     return jnp.where(active, values, 0)
+
+
+def positive_losses(
+    losses: Float[Array, " tasks"], active: Bool[Array, " tasks"]
+) -> tuple[Float[Array, " tasks"], Bool[Array, " tasks"]]:
+    """Losses that have a logarithm and a reciprocal, and which of them are real.
+
+    Methods that divide by a loss would give a task that is solved an infinite weight,
+    and a cross-entropy in float32 is exactly 0 long before its gradient is. Such a task
+    counts as absent for the step.
+
+    Args:
+        losses: Finite losses of all tasks.
+        active: Which tasks are present.
+
+    Returns:
+        `(losses, present)`. `present` are the active tasks whose loss is positive: at
+        least the smallest normal number. The losses of all others are 1.
+    """
+    present = active & (losses >= jnp.finfo(losses.dtype).tiny)
+    return jnp.where(present, losses, 1), present
+
+
+def log_limit(dtype: jnp.dtype) -> float:
+    """Bound of exponents `x` such that `exp(x)` and `exp(-x)` are normal numbers."""
+    return -math.log(jnp.finfo(dtype).tiny)
+
+
+def _with_floats(tree: PyTree, dtype: jnp.dtype) -> PyTree:
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if _is_float(leaf) else leaf, tree
+    )
+
+
+def _with_floats_of(tree: PyTree, example: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, other: leaf.astype(other.dtype) if _is_float(leaf) else leaf,
+        tree,
+        example,
+    )
+
+
+def _is_float(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.optim.aggregator import accumulation_dtype
 
@@ -55,33 +55,72 @@ def sharpness_aware(
         Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
         Learning of Deep Neural Networks, ICML 2021, https://arxiv.org/abs/2102.11600.
     """
-    if rho < 0:
-        raise ValueError(f"rho is {rho}; pass a radius of 0 or more.")
+    check_radius(rho)
     ascend = value_and_grad if ascent is None else ascent
 
     def perturbed_value_and_grad(params: PyTree, *args: Any, **kwargs: Any):
         _, gradient = ascend(params, *args, **kwargs)
-        moved = _move_uphill(params, gradient, rho, adaptive)
+        moved = move(params, uphill(gradient, params, rho, adaptive))
         return value_and_grad(moved, *args, **kwargs)
 
     return perturbed_value_and_grad
 
 
-def _move_uphill(params: PyTree, gradient: PyTree, rho: float, adaptive: bool):
-    def widen(leaf: Array) -> Array:
-        return leaf.astype(accumulation_dtype(leaf))
+def uphill(
+    gradient: PyTree, params: PyTree, rho: float, adaptive: bool = False
+) -> PyTree:
+    """The step of length `rho` along a gradient, zero where the gradient is.
 
-    wide = jax.tree.map(widen, params)
-    direction = jax.tree.map(widen, gradient)
-    if adaptive:
-        direction = jax.tree.map(lambda p, g: jnp.abs(p) * g, wide, direction)
-    length = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(direction)))
+    Args:
+        gradient: A tree like `params`, with one norm over all its leaves together.
+        params: Where the step starts; only the adaptive one looks at their values.
+        rho: Length of the step.
+        adaptive: Whether to scale the step by the size of each parameter, and to
+            measure its length relative to them.
+
+    Returns:
+        The step, a tree like `params` in float32 (float64 for float64 parameters).
+    """
+
+    def direct(param: Array, leaf: Array) -> Array:
+        leaf = leaf.astype(accumulation_dtype(param))
+        return jnp.abs(param).astype(leaf.dtype) * leaf if adaptive else leaf
+
+    direction = jax.tree.map(direct, params, gradient)
+    length = global_norm(direction)
     scale = jnp.where(length > 0, rho / jnp.where(length > 0, length, 1), 0)
 
-    def move(param: Array, wide_param: Array, step: Array) -> Array:
+    def stretch(param: Array, step: Array) -> Array:
         step = step * scale.astype(step.dtype)
-        if adaptive:
-            step = jnp.abs(wide_param) * step
-        return (wide_param + step).astype(param.dtype)
+        return jnp.abs(param).astype(step.dtype) * step if adaptive else step
 
-    return jax.tree.map(move, params, wide, direction)
+    return jax.tree.map(stretch, params, direction)
+
+
+def move(params: PyTree, step: PyTree) -> PyTree:
+    """Add a step to the parameters in its own precision, then round to theirs."""
+    return jax.tree.map(
+        lambda param, by: (param.astype(by.dtype) + by).astype(param.dtype),
+        params,
+        step,
+    )
+
+
+def global_norm(tree: PyTree) -> Float[Array, ""]:
+    """Length of all leaves together, as one vector."""
+    return jnp.sqrt(inner_product(tree, tree))
+
+
+def inner_product(tree: PyTree, other: PyTree) -> Float[Array, ""]:
+    """Inner product of two trees as vectors, in float32 (float64 if any leaf is)."""
+    dtype = accumulation_dtype((tree, other))
+    products = jax.tree.map(
+        lambda a, b: jnp.sum(a.astype(dtype) * b.astype(dtype)), tree, other
+    )
+    return jax.tree.reduce(jnp.add, products, jnp.zeros((), dtype))
+
+
+def check_radius(rho: float) -> None:
+    """Raise ValueError if the length of a step uphill is negative."""
+    if rho < 0:
+        raise ValueError(f"rho is {rho}; pass a radius of 0 or more.")

@@ -15,6 +15,7 @@ from mtl_jax.data.batch import Batch
 from mtl_jax.data.mixture import stack_records
 from mtl_jax.optim import Aggregator, Balancer, from_balancer
 from mtl_jax.sharding import make_mesh, param_shardings, spec
+from mtl_jax.sharding.rules import is_boxed
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.flops import count_flops
 from mtl_jax.train.gradients import (
@@ -170,7 +171,7 @@ def build_program(
         return TrainState(
             jnp.int32(0),
             params,
-            aggregator.init(params["trunk"]),
+            _box_like(aggregator.init(nn.unbox(params["trunk"])), params["trunk"]),
             optimizer.init(params),  # type: ignore[arg-type]
             step_key,
         )
@@ -186,6 +187,27 @@ def build_program(
         param_shardings(abstract_state, mesh, experiment.rules),
         share_multiple,
     )
+
+
+def _box_like(aggregator_state: Any, trunk: Any) -> Any:
+    """Gives what an aggregator keeps for each parameter the parameter's logical axes.
+
+    A leaf belongs to the parameter whose path its own path ends with. What is kept for
+    each task has one more axis, in front.
+    """
+    boxes: dict[Any, Any] = dict(
+        jax.tree_util.tree_leaves_with_path(trunk, is_leaf=is_boxed)
+    )
+
+    def box(path: tuple, leaf: jax.Array) -> Any:
+        for start in range(len(path)):
+            found = boxes.get(path[start:])
+            if found is not None and is_boxed(found):
+                by_task = ("task",) * (leaf.ndim - found.value.ndim)
+                return found.replace(value=leaf, names=by_task + found.names)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(box, aggregator_state)
 
 
 def _method(experiment: Experiment) -> Aggregator | Balancer:
@@ -226,9 +248,7 @@ def count_parameters(program: Program) -> tuple[int, int]:
     moe = getattr(program.experiment.trunk, "moe", None)
     used = moe().num_selected / moe().num_experts if moe else 1.0
     total = active = 0.0
-    for box in jax.tree.leaves(
-        program.abstract_state.params, is_leaf=lambda x: isinstance(x, nn.Partitioned)
-    ):
+    for box in jax.tree.leaves(program.abstract_state.params, is_leaf=is_boxed):
         names = box.names if isinstance(box, nn.Partitioned) else ()
         leaf = nn.unbox(box)
         size = float(np.prod(leaf.shape))

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from optax.experimental import aggregating
 
 from mtl_jax import optim
 
@@ -153,6 +154,70 @@ def test_chain_after_passes_extra_keywords_on():
         gradients, chained.init(first(gradients)), factor=jnp.array(2.0)
     )
     np.testing.assert_array_equal(updates["kernel"], [4, 4, 4])
+
+
+@pytest.mark.parametrize(
+    ("first_of_two", "second_of_two"),
+    [
+        (optax.clip_by_global_norm(1.0), optim.sum(2)),
+        (optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+        (optim.sum(2), optim.mgda(2)),
+        (optim.sum, optax.sgd(0.1)),
+    ],
+)
+def test_chain_after_refuses_the_wrong_order(first_of_two, second_of_two):
+    with pytest.raises(TypeError, match="takes an aggregator, then a transformation"):
+        optim.chain_after(first_of_two, second_of_two)
+
+
+@pytest.mark.parametrize(
+    "aggregator",
+    [
+        optim.sum(NUM_TASKS),
+        optim.from_rows(
+            lambda g, active: optim.weighted_sum(g, active.astype(jnp.float32)),
+            NUM_TASKS,
+        ),
+        optim.chain_after(optim.sum(NUM_TASKS), optax.identity()),
+        optim.momentum(optim.sum(NUM_TASKS)),
+        optim.every(optim.sum(NUM_TASKS), 2),
+        optim.normalize(optim.sum(NUM_TASKS), "none"),
+        optim.grouped(optim.sum, NUM_TASKS, "kernel"),
+        optim.where(lambda path: path == "bias", optim.sum(NUM_TASKS)),
+    ],
+)
+def test_follows_the_protocol_of_optax(aggregator):
+    assert isinstance(aggregator, aggregating.Aggregator)
+    process = aggregating.process(optax.identity(), aggregator, optax.sgd(0.1))
+    assert isinstance(process, aggregating.Aggregator)
+    gradients = make_gradients()
+    params = first(gradients)
+    updates, state = jax.jit(process.update)(gradients, process.init(params), params)
+    stacked = jax.tree.map(lambda leaf: leaf[None], updates)
+    expected = -0.1 * flatten(gradients).sum(axis=0)
+    np.testing.assert_allclose(flatten(stacked)[0], expected, atol=1e-6)
+    process.update(gradients, state)
+
+
+def test_keywords_pass_through_a_process_of_optax():
+    aggregator = optim.normalize(optim.sum(NUM_TASKS), "loss")
+    process = aggregating.process(
+        optax.with_extra_args_support(optax.identity()),
+        aggregator,
+        optax.with_extra_args_support(optax.sgd(0.1)),
+    )
+    gradients = make_gradients()
+    active = jnp.array([True, False, True])
+    updates, _ = process.update(
+        gradients,
+        process.init(first(gradients)),
+        losses=jnp.array([1.0, 2, 4]),
+        active=active,
+    )
+    rows = flatten(gradients)
+    stacked = jax.tree.map(lambda leaf: leaf[None], updates)
+    expected = -0.1 * (rows[0] + rows[2] / 4)
+    np.testing.assert_allclose(flatten(stacked)[0], expected, atol=1e-6)
 
 
 def shard(task_gradients):

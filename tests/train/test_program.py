@@ -231,3 +231,36 @@ def test_clipping_in_place_of_an_aggregator_is_refused():
     chosen = experiment(aggregator=lambda num_tasks: optax.clip_by_global_norm(1.0))
     with pytest.raises(ValueError, match="put them in the optimizer"):
         build_program(chosen, jax.devices()[:1])
+
+
+def test_memory_of_rows_is_sharded_like_the_parameters():
+    """By name: whole, and where parameters are grouped."""
+
+    def method(num_tasks):
+        return optim.grouped(optim.db_mtl, num_tasks, r"(block_\d+)/moe/experts")
+
+    program = build_program(
+        experiment(aggregator=method, mesh=MeshShape(data=2, fsdp=2, expert=2))
+    )
+    kernel = program.state_shardings.params["trunk"]["block_1"]["moe"]["experts"]["up"]
+    shardings = jax.tree_util.tree_leaves_with_path(
+        program.state_shardings.aggregator_state
+    )
+    rows = [
+        sharding.spec
+        for path, sharding in shardings
+        if jax.tree_util.keystr(path).endswith("['experts']['up']['kernel']")
+    ]
+    assert rows == [jax.P(None, *kernel["kernel"].spec)]
+    state = program.init_state()
+    batches = training_batches(
+        program.experiment.mixture,
+        {task.name: task.field for task in program.experiment.tasks},
+        0,
+        program.share_multiple,
+    )
+    step, _ = program.compile_step()
+    before = jax.tree.map(lambda leaf: leaf.sharding, state.aggregator_state)
+    state, metrics = step(state, program.place(next(batches)))
+    assert np.isfinite(float(metrics["all/loss"]))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state.aggregator_state) == before

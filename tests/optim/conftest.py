@@ -1,0 +1,6 @@
+"""Lets the optimizer tests share their table of methods and its references."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
