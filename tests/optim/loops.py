@@ -1,126 +1,127 @@
-"""Slow float64 loops of what the papers say, on whole rows, from step to step.
+"""Gradients of a small model over some steps, and plain loops to compare with."""
 
-Each is called with the rows of three batches `[3, tasks, params]`, the losses, the
-orders in which tasks meet, and the list of active tasks; it sees nothing of the others,
-keeps its state in itself and returns the direction.
-"""
+import contextlib
 
-import functools
-
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 import references
 
+from mtl_jax import optim
 
-class GradVac:
-    def __init__(self, num_tasks):
-        self.targets = np.zeros((num_tasks, num_tasks))
+every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
-    def __call__(self, batches, losses, orders, kept):
-        rows, total = batches[0], 0
-        for i in kept:
-            c = rows[i].copy()
-            for j in orders[i]:
-                if j == i or j not in kept:
-                    continue
-                length, other = np.linalg.norm(c), np.linalg.norm(rows[j])
-                cosine, t = 0.0, self.targets[i, j]
-                if other > 0 and length > 1e-9 * np.linalg.norm(rows[i]):
-                    cosine = np.clip(c @ rows[j] / (length * other), -1, 1)
-                    if cosine < t:
-                        angles = t * np.sqrt(1 - cosine**2) - cosine * np.sqrt(1 - t**2)
-                        c += length * angles / (other * np.sqrt(1 - t**2)) * rows[j]
-                self.targets[i, j] = 0.5 * t + 0.5 * cosine
-            total = total + c
-        return total
+# Paths of the two groups of alike parameters.
+BLOCKS = ("trunk/block_0/", "trunk/block_1/")
+# The third task comes in the third step for the first time.
+MASKS = [(1, 1, 0), (1, 0, 0), (1, 1, 1), (0, 1, 1), (0, 0, 0), (1, 0, 1)]
 
 
-class PCD:
-    def __init__(self, num_tasks):
-        self.averages, self.counts = np.zeros(num_tasks), np.zeros(num_tasks)
-
-    def __call__(self, batches, losses, orders, kept):
-        rows = batches[0][kept]
-        self.averages[kept] *= 0.999
-        self.averages[kept] += 0.001 * np.sum(rows**2, axis=1)
-        self.counts[kept] += 1
-        if 0 not in kept:
-            return np.zeros(rows.shape[1])
-        usual = np.sqrt(self.averages[kept] / (1 - 0.999 ** self.counts[kept]))
-        return references.pcd(rows, kept.index(0), 0.02, usual)
+def precision(dtype):
+    return jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
 
 
-def nearest_on_simplex(point):
-    """By bisection on the number to subtract."""
-    low, high = point.min() - 1, point.max()
-    for _ in range(200):
-        middle = (low + high) / 2
-        total = np.maximum(point - middle, 0).sum()
-        low, high = (middle, high) if total > 1 else (low, middle)
-    return np.maximum(point - low, 0)
+def make_steps(num_tasks, num_steps):
+    """Task gradients in float64, one tree a step."""
+    rng = np.random.default_rng([num_tasks, num_steps])
+
+    def rows(*shape):
+        return rng.normal(size=(num_tasks, *shape))
+
+    return [
+        {
+            "trunk": {
+                f"block_{block}": {"kernel": rows(8, 3), "bias": rows(8)}
+                for block in range(2)
+            },
+            "heads": {"kernel": rows(8, 2), "gain": rows()},
+        }
+        for _ in range(num_steps)
+    ]
 
 
-class OnSimplex:
-    """Keeps a point; active tasks share out what they have together."""
-
-    def __init__(self, move, num_tasks):
-        self.move, self.point = move, np.full(num_tasks, 1 / num_tasks)
-
-    def __call__(self, batches, losses, orders, kept):
-        first, second, third = batches[:, kept]
-        held = self.point[kept].sum()
-        equal = np.full(len(kept), 1 / len(kept))
-        start = self.point[kept] / held if held > 0 else equal
-        point, weights = self.move(second, third, start)
-        self.point[kept] = held * point
-        return weights @ first
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
 
 
-def move_modo(second, third, point):
-    slope = second @ (third.T @ point) + 0.1 * point
-    point = nearest_on_simplex(point - 0.1 * slope)
-    return point, point
+def first(task_gradients):
+    return jax.tree.map(lambda leaf: leaf[0], task_gradients)
 
 
-def move_sdmgrad(second, third, point):
-    scale = np.mean(np.sqrt(np.maximum(np.sum(second * third, axis=1), 0)))
-    mean, velocity = np.full(len(point), 1 / len(point)), 0
-    for _ in range(20):
-        slope = second @ (third.T @ (point + 0.3 * mean)) / scale**2
-        velocity = 0.5 * velocity + slope
-        point = nearest_on_simplex(point - 0.3 * velocity)
-    return point, (point + 0.3 * mean) / 1.3
+def flat(tree, *prefixes, tasks=True):
+    """Leaves whose paths have one of the prefixes, side by side; all by default."""
+    leaves = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith(prefixes or ""):
+            leaf = np.asarray(leaf, np.float64)
+            leaves.append(leaf.reshape(len(leaf), -1) if tasks else leaf.reshape(-1))
+    return np.concatenate(leaves, axis=-1)
 
 
-class GradNorm:
-    def __init__(self, num_tasks):
-        self.weights, self.first = np.ones(num_tasks), {}
-
-    def __call__(self, batches, losses, orders, kept):
-        rows, held = batches[0][kept], self.weights[kept].sum()
-        weights = self.weights[kept] * len(kept) / held
-        for k in kept:
-            self.first.setdefault(k, losses[k])
-        rates = np.array([losses[k] / self.first[k] for k in kept])
-        lengths = np.linalg.norm(rows, axis=1)
-        mean = np.mean(weights * lengths)
-        target = mean * (rates / rates.mean()) ** 1.5
-
-        def mismatch(logarithms):
-            return np.sum(np.abs(np.exp(logarithms) * lengths - target)) / mean
-
-        logarithms, slope = np.log(weights), np.zeros(len(kept))
-        for k, step in enumerate(1e-6 * np.eye(len(kept))):
-            rise = mismatch(logarithms + step) - mismatch(logarithms - step)
-            slope[k] = np.sign(rise)
-        moved = np.exp(logarithms - 0.025 * slope)
-        self.weights[kept] = moved * held / moved.sum()
-        return weights @ rows
+def close(result, expected, dtype, scale=1):
+    tolerance = scale * (1e-5 if dtype == np.float32 else 1e-10)
+    np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
 
 
-LOOPS = {
-    "gradvac": GradVac,
-    "pcd": PCD,
-    "modo": functools.partial(OnSimplex, move_modo),
-    "sdmgrad": functools.partial(OnSimplex, move_sdmgrad),
-    "gradnorm": GradNorm,
-}
+def run(aggregator, steps, dtype=np.float32, masks=None, losses=None):
+    """Directions and states of all steps."""
+    update, state = jax.jit(aggregator.update), None
+    directions, states = [], []
+    for t, step in enumerate(steps):
+        task_gradients = cast(step, dtype)
+        if state is None:
+            state = aggregator.init(first(task_gradients))
+        direction, state = update(
+            task_gradients,
+            state,
+            losses=None if losses is None else jnp.asarray(losses[t], dtype),
+            active=None if masks is None else jnp.asarray(masks[t], bool),
+        )
+        directions.append(direction)
+        states.append(state)
+    return directions, states
+
+
+def share(num_tasks):
+    """A method whose weights are easily told: each task's share of all squares."""
+
+    def weigh(gramian, active):
+        squares = jnp.where(active, jnp.diagonal(gramian), 0)
+        total = jnp.sum(squares)
+        return squares / jnp.where(total > 0, total, 1)
+
+    return optim.from_weights(weigh, num_tasks)
+
+
+def share_weights(rows, active=None):
+    squares = np.sum(rows**2, axis=1)
+    squares = squares if active is None else np.where(active, squares, 0)
+    return squares / (squares.sum() or 1)
+
+
+def mgda_weights(rows, active):
+    """Weights of the shortest convex combination of independent rows."""
+    kept, weights = np.flatnonzero(active), np.zeros(len(rows))
+    if len(kept):
+        point = references.mgda(rows[kept])
+        weights[kept] = np.linalg.lstsq(rows[kept].T, point, rcond=None)[0]
+    return weights
+
+
+def momentum_loop(found, masks, decay):
+    """Averages from each task's first weight on, 0 where it is inactive."""
+    averages, results = {}, []
+    for weights, mask in zip(found, masks, strict=True):
+        results.append(np.zeros(len(weights)))
+        for task in np.flatnonzero(mask):
+            average = averages.get(task, weights[task])
+            averages[task] = decay * average + (1 - decay) * weights[task]
+            results[-1][task] = averages[task]
+    return results
+
+
+def divisors(kind, rows, losses):
+    lengths = np.linalg.norm(rows, axis=1)
+    return {"l2": lengths, "loss": losses, "loss+": lengths * losses}[kind]

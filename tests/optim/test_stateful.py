@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from loops import LOOPS, nearest_on_simplex
 from methods import make_orders
+from published_loops import LOOPS, nearest_on_simplex
 
 from mtl_jax import optim
 from mtl_jax.optim.gradvac import weights as gradvac_weights
@@ -404,7 +404,7 @@ def test_weights_do_not_see_the_batch_they_multiply(name):
 
 
 def test_further_batches_are_split_by_group():
-    (batches, losses), *_ = make_steps(1)
+    (batches, _), *_ = make_steps(1)
     first, second, third = (as_tree(rows, np.float32) for rows in batches)
     by_leaf = optim.grouped(optim.modo, NUM_TASKS, r"(.+)")
     state = initial_state(by_leaf)
