@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,19 @@ from mtl_jax.report import (
 
 USER_ERROR = 2
 INTERRUPTED = 130
+MAX_DEVICES = 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0 on success, 2 for a user's mistake."""
     options = _parser().parse_args(arguments)
-    options.command(options)
+    try:
+        options.command(options)
+    except BrokenPipeError:
+        # Whoever reads the output, such as `head`, has seen enough. Python would
+        # complain once more when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         "--trust",
         action="append",
         default=[],
-        metavar="PACKAGE",
-        help="let the run's saved config name symbols of this package",
+        metavar="MODULE",
+        help="let the saved config name what is in this module or .py file",
     )
     _add_devices(evaluate)
     evaluate.set_defaults(command=_evaluate)
@@ -125,18 +133,21 @@ def _train(options: argparse.Namespace) -> None:
         if saved is not None:
             changed = configuration.differences(saved, document)
             if changed:
+                more = f"; and {len(changed) - 10} more" if len(changed) > 10 else ""
                 raise ValueError(
                     f"{workdir} holds a run of another config; choose another "
-                    f"--workdir, or undo these differences: {'; '.join(changed)}"
+                    "--workdir, or undo these differences: "
+                    f"{'; '.join(changed[:10])}{more}"
                 )
         result = folder.read_json("result.json")
     if result is None:
-        folder.write_json("config.json", document)
-        try:
-            result = train.train(program, folder, name)
-        except KeyboardInterrupt:
-            print("\nstopped; the same command continues from the last checkpoint")
-            sys.exit(INTERRUPTED)
+        with _user_errors((train.RunFolderError, OSError)):
+            folder.write_json("config.json", document)
+            try:
+                result = train.train(program, folder, name)
+            except KeyboardInterrupt:
+                print("\nstopped; the same command continues from the last checkpoint")
+                sys.exit(INTERRUPTED)
     else:
         print(f"{workdir} holds a finished run; nothing to train.")
     with _user_errors():
@@ -151,6 +162,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         _set_devices(options.devices)
         from mtl_jax import configuration, train
 
+        # Orbax would warn that it writes nothing to the run, as it was told.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         if not (options.run / "config.json").is_file():
             raise ValueError(f"{options.run} holds no run: it has no config.json")
         folder = train.RunFolder(options.run)
@@ -159,6 +172,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         experiment = configuration.build(config)
         train.validate(experiment)
         program = train.build_program(experiment)
+    with _user_errors((train.RunFolderError, OSError)):
         step, tasks = train.evaluate_run(program, folder, options.step)
     print(format_table(results_table({"tasks": tasks})))
     print(f"\ncheckpoint of step {step}")
@@ -213,14 +227,20 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
 def _set_devices(number: int | None) -> None:
     """Makes JAX see ``number`` CPU devices; must come before JAX starts."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if number is None:
-        return
-    if number < 1:
-        raise ValueError(f"--devices is {number}; it must be at least 1")
     import jax
 
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", number)
+    if number is not None:
+        if not 1 <= number <= MAX_DEVICES:
+            raise ValueError(
+                f"--devices is {number}; it must be at least 1 and at most "
+                f"{MAX_DEVICES}"
+            )
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", number)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ValueError(f"JAX has no devices: {error}") from error
 
 
 def _check_platform() -> None:
@@ -234,11 +254,19 @@ def _check_platform() -> None:
 
 
 @contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turns what is wrong with the user's input into one line and status 2."""
+def _user_errors(
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> Iterator[None]:
+    """Turns what is wrong with the user's input into one line and status 2.
+
+    Args:
+      kinds: Exceptions that stand for it, by default those of the checks. Once all is
+        checked and computing begins, another ValueError is a fault of the program,
+        and its traceback should be seen.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         _fail(str(error))
 
 

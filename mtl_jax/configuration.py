@@ -6,11 +6,16 @@ default), and a function ``smoke`` that shrinks such a config to a few small ste
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import inspect
 import json
+import math
+import re
+import sys
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +43,13 @@ TRUSTED_MODULES = (
     "optax",
 )
 """Modules whose symbols a saved config may name without being told to."""
+
+# What Fiddle raises for values that it cannot write, and documents that it cannot read.
+_UNSERIALIZABLE = serialization.UnserializableValueError, AttributeError, ImportError
+_UNREADABLE = (
+    *(serialization.DeserializationError, ArithmeticError, AttributeError, ImportError),
+    *(LookupError, RecursionError, TypeError, ValueError),
+)
 
 _BUILTINS = ("tuple", "list", "dict", "NoneType")
 
@@ -77,15 +89,18 @@ def load_config(name: str, *, smoke: bool = False) -> fdl.Config:
             f"unknown config {stem!r}; the known ones are "
             f"{', '.join(known_configs())}, or give the path of a .py file"
         )
+    if stem.endswith(".py"):
+        _make_importable(path.parent)
     specification = importlib.util.spec_from_file_location(
         f"mtl_jax_config_{path.stem}", path
     )
     assert specification
     assert specification.loader
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    variants: Mapping[str, Any] = getattr(module, "VARIANTS", None) or {}
-    if not variants:
+    with _explained(path):
+        specification.loader.exec_module(module)
+    variants: Any = getattr(module, "VARIANTS", None)
+    if not variants or not isinstance(variants, Mapping):
         raise ValueError(
             f"{path} is no config: it needs a dict VARIANTS from names to functions"
         )
@@ -95,14 +110,48 @@ def load_config(name: str, *, smoke: bool = False) -> fdl.Config:
             f"config {stem!r} has no variant {variant!r}; its variants are "
             f"{', '.join(variants)}"
         )
-    config = variants[variant]()
+    with _explained(path):
+        config = variants[variant]()
+    if not isinstance(config, fdl.Config):
+        raise ValueError(
+            f"variant {variant!r} of {path} returns a {type(config).__name__}; it must "
+            "return an fdl.Config of an experiment"
+        )
     if smoke:
         if not hasattr(module, "smoke"):
             raise ValueError(
                 f"{path} cannot be shrunk by --smoke: it has no function smoke(config)"
             )
-        module.smoke(config)
+        with _explained(path):
+            module.smoke(config)
     return config
+
+
+def _make_importable(folder: Path) -> None:
+    """Lets modules be found in a folder, as Python does for that of a script."""
+    if (entry := str(folder.resolve())) not in sys.path:
+        sys.path.insert(0, entry)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says where a config file of the user's went wrong."""
+    try:
+        yield
+    except Exception as error:
+        if path.parent == config_folder():
+            raise
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).resolve() == path.resolve()
+        ]
+        if isinstance(error, SyntaxError) and error.filename == str(path.resolve()):
+            lines.append(error.lineno)
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise ValueError(
+            f"{where}: {type(error).__name__}: {error}; mend the config"
+        ) from error
 
 
 def full_name(name: str) -> str:
@@ -115,12 +164,23 @@ def build(config: fdl.Config) -> Any:
     """The experiment of a config.
 
     Raises:
-      ValueError: If a required field is missing or a constructor rejects its values.
+      ValueError: If a required field is missing, a value is of the wrong type or not
+        finite, or a constructor rejects it; the message names the field.
     """
+    for path, value, expected in _leaves(config, ""):
+        if _is_plain(expected):
+            _checked(tuple(value) if isinstance(value, list) else value, expected, path)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{path} is {value}; it must be finite")
     try:
         return fdl.build(config)
-    except (ImportError, TypeError) as error:
-        raise ValueError(str(error)) from error
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        # Fiddle puts the path of what it builds behind the message, among much else.
+        found = re.search(r" at <root>(\S*) with", getattr(error, "proxy_message", ""))
+        path = re.sub(r"\['?|'?\]", ".", found[1]).replace("..", ".") if found else ""
+        reason = getattr(error, "proxy_base_exception", error)
+        raise ValueError(f"{path.strip('.') or 'the config'}: {reason}") from error
 
 
 def override(config: fdl.Config, assignments: Sequence[str]) -> None:
@@ -245,6 +305,15 @@ def _fits(value: Any, expected: Any) -> bool:
     return False
 
 
+def _is_plain(expected: Any) -> bool:
+    """Whether a type is made of numbers, strings, tuples and None alone."""
+    origin = typing.get_origin(expected)
+    if origin in (typing.Union, types.UnionType):
+        return all(map(_is_plain, typing.get_args(expected)))
+    plain = (bool, int, float, str, tuple, None, type(None))
+    return expected in plain or origin in (tuple, typing.Literal)
+
+
 def _items_fit(items: tuple, expected: tuple) -> bool:
     if not expected:
         return True
@@ -265,11 +334,31 @@ def to_document(config: fdl.Config, name: str) -> dict[str, Any]:
       path -> name of the function or class for whatever is itself configured) and
       ``fiddle`` (Fiddle's own serialization).
     """
+    leaves = list(_leaves(config, ""))
+    try:
+        saved = serialization.dump_json(config)
+    except _UNSERIALIZABLE as error:
+        for path, value, _ in leaves:
+            _check_serializable(path, value)
+        raise ValueError(f"config.json cannot hold the config: {error}") from error
     return {
         "config": full_name(name),
-        "fields": dict(_flatten(config, "")),
-        "fiddle": json.loads(serialization.dump_json(config)),
+        "fields": {path: _readable(value) for path, value, _ in leaves},
+        "fiddle": json.loads(saved),
     }
+
+
+def _check_serializable(path: str, value: Any) -> None:
+    try:
+        serialization.dump_json(value)
+    except _UNSERIALIZABLE as error:
+        name = getattr(value, "__qualname__", None) or repr(value)
+        raise ValueError(
+            f"{path} is {name}, which config.json cannot name: put functions and "
+            "classes of your own at the top level of a module beside the config, not "
+            "in the config itself, and import them; use fdl.Partial for "
+            "functools.partial"
+        ) from error
 
 
 def _value(node: fdl.Buildable, name: str) -> Any:
@@ -285,24 +374,33 @@ def _value(node: fdl.Buildable, name: str) -> Any:
     return default
 
 
-def _flatten(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _leaves(
+    node: Any, path: str, expected: Any = Any
+) -> Iterator[tuple[str, Any, Any]]:
+    """Path, value and expected type of every field, defaults included.
+
+    A field that is itself configured has its function or class for a value. A default
+    may be of any type.
+    """
     prefix = f"{path}." if path else ""
     if isinstance(node, fdl.Buildable):
         function = fdl.get_callable(node)
         if path:
-            yield path, f"{function.__module__}.{function.__qualname__}"
+            yield path, function, Any
+        hints, given = _hints(function), fdl.ordered_arguments(node)
         for name in _names(node):
-            yield from _flatten(_value(node, name), prefix + name)
+            hint = hints.get(name, Any) if name in given else Any
+            yield from _leaves(_value(node, name), prefix + name, hint)
     elif isinstance(node, Mapping):
         for name, item in node.items():
-            yield from _flatten(item, f"{prefix}{name}")
+            yield from _leaves(item, f"{prefix}{name}")
     elif isinstance(node, list | tuple) and any(
         isinstance(item, fdl.Buildable) for item in node
     ):
         for name, item in zip(_names(node), node, strict=True):
-            yield from _flatten(item, f"{prefix}{name}")
+            yield from _leaves(item, f"{prefix}{name}")
     else:
-        yield path, _readable(node)
+        yield path, node, expected
 
 
 def _readable(value: Any) -> Any:
@@ -344,7 +442,8 @@ def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl
 
     Args:
       document: From `to_document`.
-      trust: Further packages whose symbols it may name.
+      trust: Further packages whose symbols it may name. The path of a ``.py`` file
+        stands for its module, which is then found in the file's folder.
 
     Returns:
       The config.
@@ -352,22 +451,44 @@ def from_document(document: Mapping[str, Any], trust: Sequence[str] = ()) -> fdl
     Raises:
       ValueError: If it names something else, or cannot be read.
     """
-    policy = _TrustedPackages((*TRUSTED_MODULES, *trust))
+    policy = _TrustedPackages((*TRUSTED_MODULES, *map(_trusted, trust)))
     try:
-        return serialization.load_json(json.dumps(document["fiddle"]), policy)
+        config = serialization.load_json(json.dumps(document["fiddle"]), policy)
     except serialization.PyrefPolicyError as error:
         raise ValueError(
             f"config.json names {error.module}.{error.symbol}, which is not in a "
-            f"trusted module ({', '.join(TRUSTED_MODULES)}); if it is your own and you "
-            f"trust it, add --trust {error.module}"
+            "trusted module; if it is your own and you trust it, add --trust "
+            f"{error.module}, or the path of its file"
         ) from error
-    except (KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"config.json cannot be read: {error}") from error
+    except ModuleNotFoundError as error:
+        name = getattr(error, "proxy_base_exception", error).name
+        raise ValueError(
+            f"config.json names the module {name}, which cannot be found; if it is "
+            f"your own, give --trust the path of its file, as in {name}.py"
+        ) from error
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"config.json cannot be read: {error!r}; restore it, or train again"
+        ) from error
+    if not isinstance(config, fdl.Config):
+        raise ValueError("config.json holds no config; restore it, or train again")
+    return config
+
+
+def _trusted(name: str) -> str:
+    """A trusted module's name, given that or its file."""
+    if not name.endswith(".py"):
+        return name
+    if not Path(name).is_file():
+        raise ValueError(f"--trust {name}: there is no such file")
+    _make_importable(Path(name).parent)
+    return Path(name).stem
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Lines ``path: saved -> wanted`` for the fields in which two documents differ."""
-    old, new = saved.get("fields") or {}, json.loads(json.dumps(wanted["fields"]))
+    old, new = saved.get("fields"), json.loads(json.dumps(wanted["fields"]))
+    old = old if isinstance(old, Mapping) else {}
     return [
         f"{path}: {old.get(path, '(unset)')!r} -> {new.get(path, '(unset)')!r}"
         for path in sorted({*old, *new})

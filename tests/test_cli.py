@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,9 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from mtl_jax import cli, configuration
+from mtl_jax import cli, configuration, train
 
 ROOT = Path(__file__).parent.parent
+MAIN = ("earth_digits", "--smoke")
 SMALL = ("earth_digits:single_digit", "--smoke")
 TASKS = ("surface", "climate", "elevation", "log_slope", "digit", "left", "right")
 
@@ -101,15 +103,52 @@ def test_an_unknown_variant_lists_the_known(mistake):
         ("mixture.components.digits.tasks=()", "'digit' has no labelled source"),
         ("mixture.components.digits.weight=0", "'digit' has no labelled source"),
         ("mixture.components.digits.tasks=('digit','moon')", "unknown tasks ['moon']"),
+        ("mixture.components.digits.tasks=('digit','digit')", "name each task once"),
+        ("mixture.components.digits.weight=-1", "digits.weight is -1.0; it must be"),
+        ("mixture.components.digits.weight=1e400", "digits.weight is inf"),
+        ("mixture.components.digits.augment.max_shift=-1", "max_shift is -1; it must"),
+        ("mixture.components.digits.augment.max_shift=28", "less than the sides"),
+        ("tasks.digit.name=all", "'all' is no name for a task"),
+        ("tasks.digit.name=a/b", "'a/b' is no name for a task"),
+        ("tasks.digit.metrics=()", "tasks.digit.metrics are []; give at least one"),
         ("tasks.digit.target=letter", "no field 'letter', which task 'digit' needs"),
         ("mixture.components.digits.input_field=x", "no field 'x'"),
-        ("mixture.components.digits.train.split=dev", "'dev'"),
+        ("mixture.components.digits.input_field=digit", "height, width and channels"),
+        ("mixture.components.digits.train.split=dev", "digits.train: split 'dev' is"),
         ("tasks.digit.head.num_classes=9", "head of task 'digit' predicts shape (9,)"),
         ("trunk.num_tasks=3", "trunk.num_tasks is 3, but there are 1 tasks"),
         ("trunk.patch_size=8", "patch_size is 8"),
-        ("trunk.width=-4", "sizes must be at least 1"),
-        ("trunk.dtype=float33", "float33"),
+        ("trunk.width=-4", "trunk.width is -4; it must be at least 1"),
+        ("trunk.width=1000000000000", "it must be at least 1 and at most"),
+        ("trunk.depth=0", "trunk.depth is 0; it must be at least 1"),
+        ("trunk.depth=100000", "trunk.depth is 100000; it must be"),
+        ("trunk.num_heads=-1", "trunk.num_heads is -1"),
+        ("trunk.num_heads=5", "num_heads=5 does not divide the width 24"),
+        ("trunk.patch_size=0", "trunk.patch_size is 0"),
+        ("trunk.mlp_ratio=0", "trunk.mlp_ratio is 0"),
+        ("trunk.num_channels=-3", "trunk.num_channels is -3"),
+        ("trunk.dtype=float33", "trunk.dtype is 'float33'; use a floating-point"),
+        ("trunk.dtype=complex64", "trunk.dtype is 'complex64'; use a floating-point"),
         ("trunk.moe.group_size=0", "group_size is 0; it must be at least 1"),
+        ("trunk.moe.num_experts=0", "trunk.moe.num_experts is 0"),
+        ("trunk.moe.num_selected=9", "num_selected is 9; it must be at least 1 and at"),
+        ("trunk.moe.expert_hidden=-1", "trunk.moe.expert_hidden is -1"),
+        ("trunk.moe.load_weight=-1", "trunk.moe.load_weight is -1.0; it must be at"),
+        ("trunk.moe.noise_std=1e400", "trunk.moe.noise_std is inf; it must be finite"),
+        ("trunk.moe.dtype=bfloat16", "set trunk.dtype instead"),
+        ("trunk.moe.num_tasks=1", "set trunk.num_tasks instead"),
+        ("tasks.digit.head.num_classes=0", "tasks.digit.head.num_classes is 0"),
+        ("tasks.digit.head.dtype=int8", "tasks.digit.head.dtype is 'int8'"),
+        ("optimizer.learning_rate=1e400", "optimizer.learning_rate is inf"),
+        ("num_steps=1000000000000000000000", "it must be less than 2**31"),
+        (
+            "mixture.batch_size=1000000000000",
+            "mixture.batch_size is 1000000000000; the",
+        ),
+        ("evaluation_batch_size=1000000000000", "evaluation_batch_size is 1000000"),
+        ("rules.batch=nope", "rules.batch is 'nope'; choose from the mesh axes data,"),
+        ("rules.batch=model", "rules.batch is 'model'; choose from"),
+        ("rules.tokens=('data','data')", "each at most once"),
         ("evaluation_batch_size=30", "evaluation_batch_size is 30"),
         ("evaluation_batch_size=4", "evaluation_batch_size is 4"),
         ("mixture.batch_size=33", "mixture.batch_size is 33"),
@@ -128,10 +167,49 @@ def test_features_that_tasks_do_not_share(mistake):
     assert 'use gradients_at="params"' in mistake("train", *arguments)
 
 
-@pytest.mark.parametrize("number", [0, -3])
+@pytest.mark.parametrize("number", [0, -3, 10**9])
 def test_devices_there_cannot_be(mistake, number):
     error = mistake("train", *SMALL, "--devices", number)
     assert f"--devices is {number}; it must be at least 1" in error
+
+
+def test_a_platform_there_is_not(empty_folder, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    finished = in_a_process("show", *SMALL, cwd=empty_folder)
+    assert_mistake(finished, "JAX has no devices")
+
+
+def test_output_that_nobody_reads():
+    command = [sys.executable, str(ROOT / "run.py"), "show", *SMALL]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_a_loss_defined_in_the_config(mistake, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from mtl_jax.configuration import load_config\n"
+        "def own_loss(prediction, target):\n"
+        "    return prediction, target\n"
+        "def main():\n"
+        "    config = load_config('earth_digits:single_digit', smoke=True)\n"
+        "    config.tasks[0].loss = own_loss\n"
+        "    return config\n"
+        "VARIANTS = {'main': main}\n"
+    )
+    for command in ("train", "show"):
+        error = mistake(command, path)
+        assert "tasks.digit.loss is own_loss, which config.json cannot name" in error
+
+
+def test_a_config_that_fails(mistake, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("import fiddle\nimport no_such_module\n")
+    assert "own.py, line 2: ModuleNotFoundError" in mistake("train", path)
 
 
 def in_a_process(*arguments, folder=ROOT, cwd=None):
@@ -199,6 +277,55 @@ def test_a_run_folder_of_another_config(mistake, run_folder):
     assert "-> 1.0" in error
     after = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*.json*")}
     assert after == before
+
+
+def test_a_run_of_quite_another_config(mistake, run_folder):
+    error = mistake("train", "earth_digits:dense", "--workdir", run_folder)
+    assert len(error) < 2000
+    assert re.search(r"; and \d+ more\n$", error)
+
+
+def continued(run_folder, folder):
+    """A copy of a run that was stopped after its first checkpoint."""
+    copy = Path(shutil.copytree(run_folder, folder / "copy"))
+    (copy / "result.json").unlink()
+    shutil.rmtree(copy / "checkpoints" / "4")
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("metrics.jsonl", '{"ste\n', "line 1 of copy/metrics.jsonl is damaged"),
+        ("timings.jsonl", '{"step": 1}\n', "step 1 in timings.jsonl is damaged"),
+        (
+            "checkpoints/2/state/_METADATA",
+            "{",
+            "checkpoint copy/checkpoints/2 is damag",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_continued(
+    run_folder, mistake, empty_folder, name, content, expected
+):
+    copy = continued(run_folder, empty_folder)
+    (copy / name).write_text(content)
+    assert expected in mistake("train", *MAIN, "--workdir", "copy")
+
+
+def test_a_fault_of_the_program_is_not_the_user_s(
+    run_folder, empty_folder, monkeypatch, capsys
+):
+    def fail(*_):
+        raise ValueError("cannot reshape")
+
+    monkeypatch.setattr(train.loop.Timings, "start", fail)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        cli.main(["train", *SMALL])
+    monkeypatch.setattr(train.loop, "_evaluation", fail)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        cli.main(["eval", str(run_folder)])
+    assert "mtl-jax: error" not in capsys.readouterr().err
 
 
 def test_a_run_leaves_its_files(run_folder):
@@ -307,6 +434,37 @@ def test_eval_finds_the_metrics_of_the_result(run_folder, capsys):
 def test_eval_of_a_checkpoint_there_is_not(run_folder, mistake):
     error = mistake("eval", run_folder, "--step", 3)
     assert "has no checkpoint 3; it has [2, 4]" in error
+
+
+def test_eval_of_a_checkpoint_of_another_config(run_folder, mistake, empty_folder):
+    config = configuration.load_config("earth_digits", smoke=True)
+    configuration.override(config, ["trunk.width=48"])
+    document = configuration.to_document(config, "earth_digits")
+    (empty_folder / "config.json").write_text(json.dumps(document))
+    (empty_folder / "checkpoints").symlink_to(run_folder / "checkpoints")
+    error = mistake("eval", ".")
+    assert len(error) < 400
+    found = re.search(r": (params/\S+) is float32 \((.*)\) in the checkpoint", error)
+    assert found
+    assert (
+        f"{found[1]} is float32 ({found[2]}) in the checkpoint and float32 (" in error
+    )
+    assert re.search(r"and \d+ more differ; use the config that it was trained", error)
+
+
+@pytest.mark.parametrize("damage", [os.remove, lambda file: os.truncate(file, 100)])
+def test_eval_of_a_damaged_checkpoint(run_folder, empty_folder, damage):
+    copy = Path(shutil.copytree(run_folder, empty_folder / "copy"))
+    for file in (copy / "checkpoints" / "4" / "state").glob("**/d/*"):
+        damage(file)
+    finished = in_a_process("eval", "copy", "--devices", 8, cwd=empty_folder)
+    assert_mistake(finished, "the checkpoint copy/checkpoints/4 is damaged")
+    assert len(finished.stderr) < 400
+
+
+def test_eval_prints_nothing_but_the_mistake(run_folder, empty_folder):
+    finished = in_a_process("eval", run_folder, "--step", 3, "--devices", 8)
+    assert_mistake(finished, "has no checkpoint 3")
 
 
 def test_eval_of_a_folder_without_a_run(mistake, empty_folder):

@@ -3,7 +3,9 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 import sys
+import textwrap
 
 import fiddle as fdl
 import jax
@@ -66,12 +68,136 @@ def test_a_config_may_be_any_file(tmp_path):
     assert configuration.full_name(str(path)) == "own"
 
 
-@pytest.mark.parametrize("content", ["", "VARIANTS = {}\n"])
-def test_a_file_without_variants_is_no_config(tmp_path, content):
-    path = tmp_path / "own.py"
-    path.write_text(content)
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes a config file of one's own; returns its path."""
+    # Loading adds its folder.
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def write(content, name="own.py"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(content))
+        importlib.invalidate_caches()
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "content", ["", "VARIANTS = {}\n", "VARIANTS = ['main']\n", "VARIANTS = 3\n"]
+)
+def test_a_file_without_variants_is_no_config(own, content):
     with pytest.raises(ValueError, match="needs a dict VARIANTS"):
-        load_config(str(path))
+        load_config(own(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "import json\n\nimport no_such",
+            r"own\.py, line 3: ModuleNotFoundError: .*'no",
+        ),
+        ("x = 1\ndef main(:\n", r"own\.py, line 2: SyntaxError"),
+        ("x = 1\nprint(y)\n", r"own\.py, line 2: NameError: name 'y'"),
+        ("def main():\n    return 1 / 0\nVARIANTS = {'main': main}", "line 2: ZeroDiv"),
+        ("VARIANTS = {'main': 3}", "'int' object is not callable"),
+        ("VARIANTS = {'main': dict}", "returns a dict; it must return an fdl.Config"),
+    ],
+)
+def test_a_config_file_that_fails_says_where(own, content, expected):
+    with pytest.raises(ValueError, match=expected):
+        load_config(own(content))
+
+
+def test_a_smoke_that_fails_says_where(own):
+    path = own(
+        """
+        import fiddle as fdl
+        VARIANTS = {"main": lambda: fdl.Config(dict)}
+        def smoke(config):
+            config.trunk.depth = 1
+        """
+    )
+    load_config(path)
+    with pytest.raises(ValueError, match=r"own\.py, line 5: AttributeError"):
+        load_config(path, smoke=True)
+
+
+OWN = """
+    import functools
+
+    import fiddle as fdl
+    import numpy as np
+    from beside_the_config import Head, inner, loss
+    from mtl_jax.configuration import load_config
+
+    def own_loss(prediction, target):
+        return prediction, target
+
+    def changed(loss):
+        config = load_config("earth_digits:single_digit")
+        config.tasks[0].loss = loss
+        return config
+
+    VARIANTS = {
+        "beside": lambda: changed(loss),
+        "own": lambda: changed(own_loss),
+        "nameless": lambda: changed(lambda prediction, target: (prediction, target)),
+        "inner": lambda: changed(inner()),
+        "partial": lambda: changed(functools.partial(loss, delta=1)),
+        "array": lambda: changed(np.zeros(3)),
+    }
+    """
+
+BESIDE = """
+    def loss(prediction, target):
+        return prediction, target
+
+    def inner():
+        def function(prediction, target):
+            return prediction, target
+        return function
+
+    class Head:
+        pass
+    """
+
+
+@pytest.fixture
+def beside(own, monkeypatch):
+    """A config that imports a module beside it."""
+    own(BESIDE, "beside_the_config.py")
+    monkeypatch.delitem(sys.modules, "beside_the_config", raising=False)
+    yield own(OWN)
+    sys.modules.pop("beside_the_config", None)
+
+
+def test_a_module_beside_the_config_is_found_and_named(beside):
+    saved = to_document(load_config(f"{beside}:beside"), "x")
+    assert saved["fields"]["tasks.digit.loss"] == "beside_the_config.loss"
+    with pytest.raises(ValueError, match="add --trust beside_the_config"):
+        from_document(saved)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        ("own", "own_loss"),
+        ("nameless", "<lambda>"),
+        ("inner", "function"),
+        ("partial", "functools.partial"),
+        ("array", "array"),
+    ],
+)
+def test_what_cannot_be_named_in_a_document_is_explained(beside, variant, name):
+    config = load_config(f"{beside}:{variant}")
+    with pytest.raises(
+        ValueError, match=r"tasks\.digit\.loss is .*cannot name"
+    ) as error:
+        to_document(config, "x")
+    assert name in str(error.value)
+    assert "module beside the config" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +303,49 @@ def test_a_config_that_cannot_be_built_is_a_user_s_mistake():
         configuration.build(broken)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: setattr(c, "num_steps", "850"), "num_steps is '850' of type str"),
+        (lambda c: setattr(c, "num_steps", None), "num_steps is None"),
+        (lambda c: setattr(c, "seed", 1.5), "seed is 1.5"),
+        (lambda c: setattr(c.trunk, "width", "wide"), "trunk.width is 'wide'"),
+        (
+            lambda c: setattr(c.tasks[0].head, "hidden", None),
+            "tasks.surface.head.hidden",
+        ),
+        (
+            lambda c: setattr(c.mixture.components["earth"], "tasks", "surface"),
+            "mixture.components.earth.tasks is 'surface' of type str",
+        ),
+        (
+            lambda c: setattr(c.optimizer, "learning_rate", float("nan")),
+            "optimizer.learning_rate is nan; it must be finite",
+        ),
+        (
+            lambda c: setattr(c.mixture, "temperature", float("inf")),
+            "mixture.temperature is inf; it must be finite",
+        ),
+        (
+            lambda c: setattr(c.mixture.components["earth"].train, "split", "dev"),
+            "mixture.components.earth.train: split 'dev' is unknown",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_built_names_its_field(change, expected):
+    broken = config()
+    change(broken)
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}") as error:
+        configuration.build(broken)
+    assert "Fiddle" not in str(error.value)
+
+
+def test_whole_numbers_may_stand_for_others():
+    whole = config()
+    whole.mixture.components["digits"].weight = 5
+    assert configuration.build(whole).mixture.components["digits"].weight == 5
+
+
 def document(*assignments):
     # As it is after it was written and read.
     return json.loads(json.dumps(to_document(changed(*assignments), "earth_digits")))
@@ -239,6 +408,7 @@ def test_differences_name_every_field_that_differs():
     ]
     lines = differences(document(), document("trunk.moe=None"))
     assert "trunk.moe.num_experts: 8 -> '(unset)'" in lines
+    assert "seed: '(unset)' -> 0" in differences({"fields": [1]}, document())
 
 
 def names_used(node):
@@ -337,6 +507,25 @@ def test_a_package_of_one_s_own_needs_trust(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "own_heads")
 
 
+def test_a_file_of_one_s_own_can_be_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "own_losses.py"
+    file.write_text("def loss(prediction, target):\n    return prediction, target\n")
+    saved = document()
+    for place in names_used(saved["fiddle"]):
+        if place["name"] == "softmax_cross_entropy":
+            place.update(module="own_losses", name="loss")
+    with pytest.raises(ValueError, match=r"--trust the path of its file, .*own_losses"):
+        from_document(saved, trust=["own_losses"])
+    with pytest.raises(ValueError, match=r"--trust no\.py: there is no such file"):
+        from_document(saved, trust=["no.py"])
+    importlib.invalidate_caches()
+    rebuilt = from_document(saved, trust=[str(file)])
+    assert rebuilt.tasks[0].loss.__module__ == "own_losses"
+    monkeypatch.delitem(sys.modules, "own_losses")
+
+
 @pytest.mark.parametrize(
     "damaged",
     [
@@ -346,6 +535,8 @@ def test_a_package_of_one_s_own_needs_trust(tmp_path, monkeypatch):
         {"fiddle": {}},
         {"fiddle": {"root": 3}},
         {"fiddle": {**document()["fiddle"], "objects": {}}},
+        {"fiddle": {**document()["fiddle"], "root": {"type": "no_such_type"}}},
+        {"fiddle": {**document()["fiddle"], "root": [[[]]]}},
     ],
 )
 def test_a_damaged_document_is_refused(damaged):

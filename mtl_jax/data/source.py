@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Field:
     class_names: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to the records of one split of one data set."""
 

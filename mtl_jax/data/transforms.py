@@ -36,9 +36,20 @@ def random_shift(
 
     Returns:
       The record with its image moved.
+
+    Raises:
+      ValueError: If there is no image, or ``max_shift`` is negative or could move all
+        of the image out of sight.
     """
+    if "image" not in record:
+        raise ValueError(f"random_shift moves the field 'image', but has {[*record]}")
     image = record["image"]
     height, width = image.shape[:2]
+    if not 0 <= max_shift < min(height, width):
+        raise ValueError(
+            f"max_shift is {max_shift}; it must be at least 0 and less than the sides "
+            f"of the image, {height}x{width} pixels"
+        )
     padded = np.zeros(
         (height + 2 * max_shift, width + 2 * max_shift, *image.shape[2:]), image.dtype
     )

@@ -7,6 +7,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
+def _check_tiles(height: int, width: int, patch_size: int) -> None:
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size is {patch_size}, which does not divide images of "
+            f"{height}x{width} pixels"
+        )
+
+
 def patchify(
     images: Float[Array, "batch height width channels"], patch_size: int
 ) -> Float[Array, "batch rows columns pixels"]:
@@ -23,11 +31,7 @@ def patchify(
       ValueError: If the patches do not tile the images.
     """
     batch, height, width, channels = images.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"patch_size is {patch_size}, which does not divide images of "
-            f"{height}x{width} pixels"
-        )
+    _check_tiles(height, width, patch_size)
     rows, columns = height // patch_size, width // patch_size
     x = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
@@ -175,11 +179,7 @@ class ConvolutionalStem(nn.Module):
                 "of 2"
             )
         height, width = pixels.shape[1:3]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"patch_size is {self.patch_size}, which does not divide images of "
-                f"{height}x{width} pixels"
-            )
+        _check_tiles(height, width, self.patch_size)
         x = pixels.astype(self.dtype)
         for i in range(num_layers):
             x = nn.Dense(

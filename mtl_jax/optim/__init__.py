@@ -19,6 +19,7 @@ from mtl_jax.optim.aggregator import (
     gramian,
     weighted_sum,
 )
+from mtl_jax.optim.aligned_mtl import aligned_mtl
 from mtl_jax.optim.awl import awl
 from mtl_jax.optim.balancer import (
     Balancer,
@@ -36,6 +37,7 @@ from mtl_jax.optim.dwa import dwa
 from mtl_jax.optim.equal import equal
 from mtl_jax.optim.every import EveryState, every
 from mtl_jax.optim.excess_mtl import excess_mtl
+from mtl_jax.optim.fairgrad import fairgrad
 from mtl_jax.optim.famo import famo
 from mtl_jax.optim.flat_regions import (
     FlatRegionsState,
@@ -56,6 +58,7 @@ from mtl_jax.optim.mgda import mgda
 from mtl_jax.optim.moco import moco
 from mtl_jax.optim.modo import modo
 from mtl_jax.optim.momentum import MomentumState, momentum
+from mtl_jax.optim.nash_mtl import nash_mtl
 from mtl_jax.optim.normalize import NormalizeState, normalize
 from mtl_jax.optim.ntkmtl import ntkmtl
 from mtl_jax.optim.pcd import pcd
@@ -91,6 +94,7 @@ __all__ = [
     "MomentumState",
     "NormalizeState",
     "RowState",
+    "aligned_mtl",
     "at_representation",
     "awl",
     "cagrad",
@@ -108,6 +112,7 @@ __all__ = [
     "equal",
     "every",
     "excess_mtl",
+    "fairgrad",
     "famo",
     "flat_regions",
     "flat_value_and_grad",
@@ -132,6 +137,7 @@ __all__ = [
     "moco",
     "modo",
     "momentum",
+    "nash_mtl",
     "normalize",
     "ntkmtl",
     "pcd",

@@ -1,27 +1,37 @@
 """DualProj: project the mean gradient onto the cone that conflicts with no task."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax.optim.aggregator import Aggregator, all_active, from_weights, unit_rows
 from mtl_jax.optim.nonnegative import nonnegative_minimizer, precise_matmul
+from mtl_jax.optim.preference import (
+    Preference,
+    check_preference,
+    task_preference,
+)
 
 
 def weights(
     gramian: Float[Array, "tasks tasks"],
     active: Bool[Array, " tasks"] | None = None,
     *,
+    preference: Preference | None = None,
     regularization: float = 0.0,
 ) -> Float[Array, " tasks"]:
-    """Weights `argmin vᵀ G v` over `v ≥ 1/K`.
+    """Weights `argmin vᵀ G v` over `v ≥ p`.
 
     Args:
         gramian: Inner products of the task gradients.
         active: Which tasks are present; all by default.
+        preference: What each task counts in the vector to project, `p`; `1/K` by
+            default.
         regularization: Ridge added to `G`, relative to its trace.
 
     Returns:
-        Weights of the Gramian's dtype, `1/K` and above, 0 for inactive tasks.
+        Weights of the Gramian's dtype, `p` and above, 0 for inactive tasks.
     """
     num_tasks = gramian.shape[0]
     active = all_active(num_tasks) if active is None else active
@@ -30,17 +40,23 @@ def weights(
     identity = jnp.eye(num_tasks, dtype=gramian.dtype)
     cosines, norms, _ = unit_rows(gramian + ridge[:, None] * identity, active)
 
-    # With v = 1/K + x / norms the problem is min ½ xᵀCx + (C norms / K)ᵀx over x ≥ 0.
+    # With v = p + x / norms the problem is min ½ xᵀCx + (C (norms p))ᵀx over x ≥ 0.
     largest = jnp.max(norms)
     norms = norms / jnp.where(largest > 0, largest, 1)
-    count = jnp.maximum(jnp.sum(active), 1).astype(norms.dtype)
+    shares = task_preference(preference, active, norms.dtype)
     minimize = nonnegative_minimizer(cosines)
-    lift = minimize(-precise_matmul(cosines, norms / count), jnp.zeros(num_tasks, bool))
+    mixed = precise_matmul(cosines, norms * shares)
+    lift = minimize(-mixed, jnp.zeros(num_tasks, bool))
     lift = jnp.where(norms > 0, lift / jnp.where(norms > 0, norms, 1), 0)
-    return jnp.where(active, 1 / count + lift, 0)
+    return jnp.where(active, shares + lift, 0)
 
 
-def dualproj(num_tasks: int, *, regularization: float = 0.0) -> Aggregator:
+def dualproj(
+    num_tasks: int,
+    *,
+    preference: Sequence[float] | None = None,
+    regularization: float = 0.0,
+) -> Aggregator:
     """Project the mean of the task gradients onto their dual cone.
 
     `d` is the vector nearest to `(1/K) sum_k g_k` with `d · g_k ≥ 0` for every task:
@@ -54,6 +70,8 @@ def dualproj(num_tasks: int, *, regularization: float = 0.0) -> Aggregator:
 
     Args:
         num_tasks: Length of the leading axis of every gradient.
+        preference: What each task counts in the vector to project, one number a task,
+            in place of `1/K`. Inactive tasks leave their part to the others.
         regularization: Ridge added to the Gramian, relative to its trace. It is not
             needed for stability, and leaves some conflict where it is positive.
 
@@ -61,7 +79,8 @@ def dualproj(num_tasks: int, *, regularization: float = 0.0) -> Aggregator:
         An aggregator; see `from_weights`.
 
     Raises:
-        ValueError: If `num_tasks < 1` or `regularization < 0`.
+        ValueError: If `num_tasks < 1` or `regularization < 0`, or `preference` is not
+            `num_tasks` nonnegative numbers, some positive.
 
     References:
         Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning,
@@ -71,8 +90,11 @@ def dualproj(num_tasks: int, *, regularization: float = 0.0) -> Aggregator:
     """
     if regularization < 0:
         raise ValueError(f"regularization is {regularization}; pass 0 or more.")
+    check_preference(preference, num_tasks)
 
     def weigh(gramian: Array, active: Array) -> Array:
-        return weights(gramian, active, regularization=regularization)
+        return weights(
+            gramian, active, preference=preference, regularization=regularization
+        )
 
     return from_weights(weigh, num_tasks)

@@ -47,6 +47,7 @@ def ntkmtl(num_tasks: int) -> Aggregator:
 
     References:
         Qin et al., NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural
-        Tangent Kernel Perspective, NeurIPS 2025, with one mini-batch.
+        Tangent Kernel Perspective, NeurIPS 2025, https://arxiv.org/abs/2510.18258, with
+        one mini-batch.
     """
     return from_weights(weights, num_tasks)

@@ -1,26 +1,35 @@
 """UPGrad: project each task's gradient onto the cone that conflicts with no task."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax.optim.aggregator import Aggregator, from_weights, unit_rows
 from mtl_jax.optim.nonnegative import nonnegative_minimizer
+from mtl_jax.optim.preference import (
+    Preference,
+    check_preference,
+    task_preference,
+)
 
 
 def weights(
     gramian: Float[Array, "tasks tasks"],
     active: Bool[Array, " tasks"] | None = None,
     *,
+    preference: Preference | None = None,
     regularization: float = 0.0,
 ) -> Float[Array, " tasks"]:
-    """Mean of the weights that make each task's gradient free of conflict.
+    """Average of the weights that make each task's gradient free of conflict.
 
     For task `i` these are `argmin vᵀ G v` over `v ≥ e_i`.
 
     Args:
         gramian: Inner products of the task gradients.
         active: Which tasks are present; all by default.
+        preference: What each task's projected gradient counts; `1/K` by default.
         regularization: Ridge added to `G`, relative to its trace.
 
     Returns:
@@ -38,11 +47,17 @@ def weights(
     minimize = nonnegative_minimizer(cosines)
     lifts = jax.vmap(minimize, (0, None))(-cosines, jnp.zeros(num_tasks, bool))
     ratio = norms[:, None] / jnp.where(norms > 0, norms, 1)[None, :]
-    values = jnp.where(active, 1 + jnp.sum(lifts * ratio, axis=0), 0)
-    return values / jnp.maximum(jnp.sum(active), 1).astype(values.dtype)
+    shares = task_preference(preference, active, norms.dtype)
+    lifted = jnp.sum(shares[:, None] * lifts * ratio, axis=0)
+    return jnp.where(active, shares + lifted, 0)
 
 
-def upgrad(num_tasks: int, *, regularization: float = 0.0) -> Aggregator:
+def upgrad(
+    num_tasks: int,
+    *,
+    preference: Sequence[float] | None = None,
+    regularization: float = 0.0,
+) -> Aggregator:
     """Average the task gradients after projecting each onto the dual cone of them all.
 
     `d = (1/K) sum_i project(g_i)`, where `project` finds the nearest vector whose inner
@@ -56,6 +71,8 @@ def upgrad(num_tasks: int, *, regularization: float = 0.0) -> Aggregator:
 
     Args:
         num_tasks: Length of the leading axis of every gradient.
+        preference: What each task's projected gradient counts, one number a task, in
+            place of `1/K`. Inactive tasks leave their part to the others.
         regularization: Ridge added to the Gramian, relative to its trace. It is not
             needed for stability, and leaves some conflict where it is positive.
 
@@ -63,7 +80,8 @@ def upgrad(num_tasks: int, *, regularization: float = 0.0) -> Aggregator:
         An aggregator; see `from_weights`.
 
     Raises:
-        ValueError: If `num_tasks < 1` or `regularization < 0`.
+        ValueError: If `num_tasks < 1` or `regularization < 0`, or `preference` is not
+            `num_tasks` nonnegative numbers, some positive.
 
     References:
         Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024,
@@ -71,8 +89,11 @@ def upgrad(num_tasks: int, *, regularization: float = 0.0) -> Aggregator:
     """
     if regularization < 0:
         raise ValueError(f"regularization is {regularization}; pass 0 or more.")
+    check_preference(preference, num_tasks)
 
     def weigh(gramian: Array, active: Array) -> Array:
-        return weights(gramian, active, regularization=regularization)
+        return weights(
+            gramian, active, preference=preference, regularization=regularization
+        )
 
     return from_weights(weigh, num_tasks)

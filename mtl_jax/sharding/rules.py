@@ -3,11 +3,14 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mtl_jax.sharding.expert_parallel import BATCH_AXES
 
 MeshAxes = str | tuple[str, ...] | None
 """Mesh axes that one array axis is split over, or None where it is not."""
@@ -52,6 +55,28 @@ class Rules:
             (field.name, getattr(self, field.name))
             for field in dataclasses.fields(self)
         )
+
+
+def check_rules(rules: Rules, axes: Collection[str]) -> None:
+    """Checks that every rule names axes that there are, and each once.
+
+    Args:
+      rules: The rules.
+      axes: Names of the mesh axes.
+
+    Raises:
+      ValueError: If a rule names another axis or one twice, or ``batch`` an axis whose
+        devices hold the same examples.
+    """
+    for field in dataclasses.fields(rules):
+        entry = getattr(rules, field.name)
+        used = mesh_axes(entry)
+        allowed = [a for a in axes if field.name != "batch" or a in BATCH_AXES]
+        if not set(used) <= set(allowed) or len(set(used)) < len(used):
+            raise ValueError(
+                f"rules.{field.name} is {entry!r}; choose from the mesh axes "
+                f"{', '.join(allowed)}, each at most once, or None"
+            )
 
 
 def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:

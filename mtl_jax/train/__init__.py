@@ -1,16 +1,18 @@
 """Training: objective, task gradients, step, loop, checkpoints, evaluation."""
 
-from mtl_jax.train.experiment import Experiment, MeshShape, validate
+from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.loop import evaluate_run, train
 from mtl_jax.train.optimizer import adamw
 from mtl_jax.train.program import Program, build_program
-from mtl_jax.train.run_folder import RunFolder
+from mtl_jax.train.run_folder import RunFolder, RunFolderError
+from mtl_jax.train.validation import validate
 
 __all__ = [
     "Experiment",
     "MeshShape",
     "Program",
     "RunFolder",
+    "RunFolderError",
     "adamw",
     "build_program",
     "evaluate_run",

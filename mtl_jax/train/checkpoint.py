@@ -1,11 +1,18 @@
 """Checkpoints: training state and data position together, written by Orbax."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grain
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from grain import checkpoint as grain_checkpoint
 
+from mtl_jax.sharding.rules import path_name
+from mtl_jax.train.run_folder import RunFolderError
 from mtl_jax.train.state import TrainState
 
 
@@ -20,6 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2, *, read_only: bool = False):
+        self._directory = directory
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -29,7 +37,10 @@ class Checkpoints:
                 read_only=read_only,
                 save_interval_steps=0 if read_only else 1,
             ),
-            item_names=("state", "data"),
+            item_handlers={  # type: ignore[arg-type]
+                "state": ocp.StandardCheckpointHandler(),
+                "data": grain_checkpoint.CheckpointHandler(),
+            },
         )
 
     @property
@@ -67,23 +78,68 @@ class Checkpoints:
 
         Returns:
           The state, sharded as ``like``.
+
+        Raises:
+          RunFolderError: If it is damaged, or not of the shapes of ``like``.
         """
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_as_pytree(like))  # type: ignore[call-arg]
-            ),
-        )
+        wanted = _as_pytree(like)
+        with self._explained(step):
+            saved = self._manager.item_metadata(step)["state"]
+            if saved is None:
+                raise ValueError("its metadata are missing")
+            self._check_fits(step, saved, wanted)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(wanted)  # type: ignore[call-arg]
+                ),
+            )
         return TrainState(**restored["state"])
 
     def restore_data(self, step: int, data: grain.DatasetIterator) -> None:
-        """Moves ``data`` to where it stood at ``step``."""
-        self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                data=grain_checkpoint.CheckpointRestore(data)  # type: ignore[call-arg]
-            ),
-        )
+        """Moves ``data`` to where it stood at ``step``.
+
+        Raises:
+          RunFolderError: If the checkpoint is damaged.
+        """
+        with self._explained(step):
+            self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    data=grain_checkpoint.CheckpointRestore(data)  # type: ignore[call-arg]
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except RunFolderError:
+            raise
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            # Orbax and its storage raise each of these, with pages of text.
+            reason = str(error).partition("\n")[0][:100]
+            folder = self._directory / str(step)
+            raise RunFolderError(
+                f"the checkpoint {folder} is damaged ({reason}); restore it from a "
+                "copy, or delete it to use the one before"
+            ) from error
+
+    def _check_fits(self, step: int, saved: Any, wanted: Any) -> None:
+        there, here = _shapes(saved), _shapes(wanted)
+        different = [
+            path for path in {**here, **there} if here.get(path) != there.get(path)
+        ]
+        if different:
+            # Parameters tell more than what optimizers keep for each of them.
+            path = min(different, key=lambda path: not path.startswith("params/"))
+            old, new = (shapes.get(path, "absent") for shapes in (there, here))
+            raise RunFolderError(
+                f"the checkpoint {self._directory / str(step)} does not fit the "
+                f"config: {path} is {old} in the checkpoint and {new} in the config, "
+                f"and {len(different) - 1} more differ; use the config that it was "
+                "trained with"
+            )
 
     def close(self) -> None:
         """Waits for pending saves."""
@@ -100,3 +156,13 @@ def _as_pytree(state: TrainState) -> dict:
         "optimizer_state": state.optimizer_state,
         "key": state.key,
     }
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Type and shape of every array by its path; saved keys are arrays of integers."""
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        shapes[path_name(path)] = f"{jnp.dtype(leaf.dtype)} {tuple(leaf.shape)}"
+    return shapes

@@ -18,10 +18,11 @@ from mtl_jax.train.evaluate import Evaluate, make_evaluate
 from mtl_jax.train.experiment import Experiment
 from mtl_jax.train.program import Program, count_parameters
 from mtl_jax.train.progress import ProgressDisplay
-from mtl_jax.train.run_folder import RunFolder, to_json
+from mtl_jax.train.run_folder import RunFolder, RunFolderError, to_json
 from mtl_jax.train.samples import write_samples
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Metrics
+from mtl_jax.train.timings import Timings
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -34,7 +35,9 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
 
     Everything in ``metrics.jsonl`` and in the checkpoints is the same to the last bit
     whether or not the run was interrupted; what depends on the clock is in
-    ``timings.jsonl``.
+    ``timings.jsonl``. The speed and the wall time in the result are those of the whole
+    run: what came after the checkpoint that it continued from was lost and counts
+    nowhere.
 
     Args:
       program: What to run, from `mtl_jax.train.build_program`.
@@ -44,12 +47,17 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
     Returns:
       The content of ``result.json``.
 
+    Raises:
+      RunFolderError: If the folder's logs or checkpoints are damaged, or the checkpoint
+        is of another config.
     """
     started = time.monotonic()
     experiment = program.experiment
     checkpoints = Checkpoints(folder.path / CHECKPOINTS)
     try:
-        state, batches = _start_or_continue(program, checkpoints, folder)
+        state, batches, timings = _start_or_continue(
+            program, checkpoints, folder, started
+        )
         evaluate = _evaluation(program)
         Console().print("compiling the training step ...")
         compile_started = time.monotonic()
@@ -58,7 +66,7 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
         first_step = int(state.step)
         headlines = {task.name: task.metrics[0].name for task in experiment.tasks}
         with ProgressDisplay(headlines, experiment.num_steps, first_step) as display:
-            loop = _Loop(program, step, evaluate, checkpoints, folder, display)
+            loop = _Loop(program, step, evaluate, checkpoints, folder, display, timings)
             state = loop.run(state, batches)
         scores = loop.final_scores or evaluate(state.params, None)
         write_samples(folder.path / "samples.npz", program, state.params)
@@ -79,11 +87,11 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
             "flops_per_step": flops,
             "peak_memory_bytes": _peak_memory(),
             "compile_seconds": compile_seconds,
-            **loop.average_timing(),
+            **timings.average(),
         },
         "versions": _versions(),
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "wall_time_seconds": time.monotonic() - started,
+        "wall_time_seconds": timings.wall_time_seconds,
     }
     folder.write_json(RESULT, to_json(result))
     return to_json(result)
@@ -103,17 +111,20 @@ def evaluate_run(
       The step and ``{task: {metric: value}}``.
 
     Raises:
-      ValueError: If there is no such checkpoint.
+      RunFolderError: If there is no such checkpoint, or it is damaged or of another
+        config.
     """
     directory = folder.path / CHECKPOINTS
     if not directory.is_dir():
-        raise ValueError(f"{folder.path} has no checkpoints yet; train it first")
+        raise RunFolderError(f"{folder.path} has no checkpoints yet; train it first")
     checkpoints = Checkpoints(directory, read_only=True)
     try:
         steps = checkpoints.steps
         chosen = (steps[-1] if steps else None) if step is None else step
         if chosen is None or chosen not in steps:
-            raise ValueError(f"{directory} has no checkpoint {step}; it has {steps}")
+            raise RunFolderError(
+                f"{directory} has no checkpoint {step}; it has {steps}"
+            )
         state = checkpoints.restore_state(chosen, program.init_state())
     finally:
         checkpoints.close()
@@ -122,8 +133,8 @@ def evaluate_run(
 
 
 def _start_or_continue(
-    program: Program, checkpoints: Checkpoints, folder: RunFolder
-) -> tuple[TrainState, grain.DatasetIterator]:
+    program: Program, checkpoints: Checkpoints, folder: RunFolder, started: float
+) -> tuple[TrainState, grain.DatasetIterator, Timings]:
     experiment = program.experiment
     batches = training_batches(
         experiment.mixture,
@@ -131,14 +142,15 @@ def _start_or_continue(
         experiment.seed,
         program.share_multiple,
     )
-    state = program.init_state()
     latest = checkpoints.latest_step
+    folder.truncate(METRICS, latest or 0)
+    lines = folder.truncate(TIMINGS, latest or 0)
+    timings = Timings(lines, experiment.mixture.batch_size, started)
+    state = program.init_state()
     if latest is not None:
         state = checkpoints.restore_state(latest, state)
         checkpoints.restore_data(latest, batches)
-    for name in (METRICS, TIMINGS):
-        folder.truncate(name, latest or 0)
-    return state, batches
+    return state, batches, timings
 
 
 def _evaluation(program: Program) -> Evaluate:
@@ -160,57 +172,43 @@ def _evaluation(program: Program) -> Evaluate:
 class _Loop:
     """The loop proper: step, log, evaluate, save."""
 
-    def __init__(self, program, step, evaluate, checkpoints, folder, display):
+    def __init__(self, program, step, evaluate, checkpoints, folder, display, timings):
         self._experiment: Experiment = program.experiment
         self._program, self._step, self._evaluate = program, step, evaluate
         self._checkpoints, self._folder, self._display = checkpoints, folder, display
-        self._batch_size = program.experiment.mixture.batch_size
-        self._timings: list[dict[str, float]] = []
-        self._waited, self._steps_timed, self._clock = 0.0, 0, time.monotonic()
+        self._timings: Timings = timings
         self.final_scores: dict[str, Any] | None = None
 
     def run(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """Trains to the last step."""
         experiment = self._experiment
         unlogged: tuple[int, Metrics] | None = None
-        self._clock = time.monotonic()
+        self._timings.start()
         for step in range(int(state.step) + 1, experiment.num_steps + 1):
-            waiting = time.monotonic()
-            batch = self._program.place(next(batches))
-            self._waited += time.monotonic() - waiting
+            with self._timings.waiting():
+                batch = self._program.place(next(batches))
             state, metrics = self._step(state, batch)
-            self._steps_timed += 1
             last = step == experiment.num_steps
             evaluate = last or step % experiment.evaluate_every == 0
             save = last or step % experiment.checkpoint_every == 0
             if unlogged is not None:
                 # Fetched only now, while this step computes.
-                self._log(*unlogged)
+                logged, values = unlogged[0], jax.device_get(unlogged[1])
+                self._timings.stop(logged)
+                self._log(logged, values)
+                self._timings.start()
                 unlogged = None
             if evaluate or save:
                 jax.block_until_ready(state)
-                self._pause_clock()
+                self._timings.stop(step)
                 scores = self._scores(state, last) if evaluate else {}
-                self._log(step, metrics, scores)
+                self._log(step, jax.device_get(metrics), scores)
                 if save:
                     self._checkpoints.save(step, state, batches)
-                self._clock = time.monotonic()
+                self._timings.start()
             elif step % experiment.log_every == 0:
                 unlogged = step, metrics
         return state
-
-    def average_timing(self) -> dict[str, float | None]:
-        """Examples per second and input stall over the run, warm-up left out."""
-        timings = self._timings[1:] or self._timings
-        seconds = sum(t["seconds"] for t in timings)
-        steps = sum(t["steps"] for t in timings)
-        waited = sum(t["waited"] for t in timings)
-        if not steps:
-            return {"examples_per_second": None, "input_stall": None}
-        return {
-            "examples_per_second": steps * self._batch_size / seconds,
-            "input_stall": waited / seconds,
-        }
 
     def _scores(self, state: TrainState, last: bool) -> dict[str, float]:
         """Flat test metrics; at the last step of all test records."""
@@ -226,36 +224,12 @@ class _Loop:
         }
 
     def _log(
-        self, step: int, metrics: Metrics, scores: Mapping[str, float] | None = None
+        self, step: int, metrics: Mapping, scores: Mapping[str, float] | None = None
     ) -> None:
-        line = to_json(jax.device_get(metrics)) | dict(scores or {})
-        if self._steps_timed:
-            self._pause_clock()
-        timing = self._last_timing()
+        line, timing = to_json(metrics) | dict(scores or {}), self._timings.line()
         self._folder.append(METRICS, {"step": step, **line})
-        self._folder.append(TIMINGS, {"step": step, **timing})
+        self._folder.append(TIMINGS, timing)
         self._display.update(step, line, timing, evaluated=bool(scores))
-
-    def _pause_clock(self) -> None:
-        """Closes a stretch of training; what follows is not counted as training."""
-        now = time.monotonic()
-        self._timings.append(
-            {
-                "seconds": now - self._clock,
-                "steps": self._steps_timed,
-                "waited": self._waited,
-            }
-        )
-        self._waited, self._steps_timed, self._clock = 0.0, 0, now
-
-    def _last_timing(self) -> dict[str, float]:
-        stretch = self._timings[-1]
-        seconds, steps = max(stretch["seconds"], 1e-9), max(stretch["steps"], 1)
-        return {
-            "seconds_per_step": seconds / steps,
-            "examples_per_second": steps * self._batch_size / seconds,
-            "input_stall": stretch["waited"] / seconds,
-        }
 
 
 def _task_results(experiment: Experiment, scores: Mapping) -> dict[str, Any]:

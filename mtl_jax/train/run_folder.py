@@ -10,6 +10,13 @@ from typing import Any
 import numpy as np
 
 
+class RunFolderError(ValueError):
+    """A run's folder cannot be used: files that are damaged, absent or of another run.
+
+    The message is for whoever owns the folder: it says which file, and what to do.
+    """
+
+
 class RunFolder:
     """Files of one run.
 
@@ -17,7 +24,7 @@ class RunFolder:
       path: The folder; made if absent.
 
     Raises:
-      ValueError: If the folder cannot be made or written.
+      RunFolderError: If the folder cannot be made or written.
     """
 
     def __init__(self, path: Path):
@@ -28,7 +35,7 @@ class RunFolder:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise ValueError(
+            raise RunFolderError(
                 f"cannot write to the run folder {path}: {error.strerror}; "
                 "choose another --workdir"
             ) from error
@@ -44,19 +51,19 @@ class RunFolder:
         """A document of the run, None if it is not there.
 
         Raises:
-          ValueError: If the file is not a JSON object.
+          RunFolderError: If the file is not a JSON object.
         """
         try:
             document = json.loads((self.path / name).read_text())
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(
                 f"{self.path / name} is not valid JSON ({error}); delete the run "
                 "folder or choose another"
             ) from error
         if not isinstance(document, dict):
-            raise ValueError(
+            raise RunFolderError(
                 f"{self.path / name} is not a JSON object; delete the run folder or "
                 "choose another"
             )
@@ -67,31 +74,37 @@ class RunFolder:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(to_json(line), allow_nan=False) + "\n")
 
-    def truncate(self, name: str, last_step: int) -> None:
+    def truncate(self, name: str, last_step: int) -> list[dict[str, Any]]:
         """Drops the lines of a log after ``last_step``, a half-written one included.
 
+        Returns:
+          The lines that are left.
+
         Raises:
-          ValueError: If a line before that is not JSON.
+          RunFolderError: If a line before that is not JSON.
         """
         path = self.path / name
         if not path.exists():
-            return
-        kept = []
+            return []
+        text, kept = "", []
         for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
             if not line.endswith("\n"):
                 break
             try:
-                step = json.loads(line)["step"]
+                record = json.loads(line)
+                late = record["step"] > last_step
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise RunFolderError(
                     f"line {number} of {path} is damaged; mend or delete the file"
                 ) from error
-            if step > last_step:
+            if late:
                 break
-            kept.append(line)
+            text += line
+            kept.append(record)
         temporary = path.with_name(f".{name}.tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text(text)
         os.replace(temporary, path)
+        return kept
 
 
 def to_json(value: Any) -> Any:

@@ -9,12 +9,18 @@ from mtl_jax import configuration, optim
 from mtl_jax.train import Experiment, build_program, validate
 
 TASKS = ("surface", "climate", "elevation", "log_slope", "digit", "left", "right")
-AGGREGATORS = ("sum", "pcgrad", "cagrad", "mgda", "upgrad")
+METHODS = (
+    *("sum", "mean", "random", "pcgrad", "gradvac", "mgda", "cagrad", "nash_mtl"),
+    *("fairgrad", "imtl_g", "aligned_mtl", "upgrad", "dualproj", "conflict_free"),
+    *("pcd", "ntkmtl", "gradnorm", "graddrop", "db_mtl", "moco", "excess_mtl"),
+    *("trimmed_mean", "equal", "uncertainty", "uw_so", "dwa", "rlw", "gls"),
+    *("scale_invariant", "imtl_l", "famo", "awl", "stch"),
+)
 VARIANTS = (
     "main",
     "shared_router",
     "dense",
-    *AGGREGATORS,
+    *METHODS,
     "features",
     "sharpness",
     *(f"single_{task}" for task in TASKS),
@@ -66,8 +72,8 @@ def test_the_main_job_fits_together_at_its_full_size():
     assert dict(program.mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "model": 1}
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
-def test_aggregated_variants_differ_in_their_aggregator_alone(name):
+@pytest.mark.parametrize("name", METHODS)
+def test_variants_by_method_differ_in_the_method_alone(name):
     config = configuration.load_config(f"earth_digits:{name}")
     assert fdl.get_callable(config.aggregator) is getattr(optim, name)
     config.aggregator = fdl.Partial(optim.sum)

@@ -86,5 +86,6 @@ def test_all_digits_appear_on_both_sides():
 def test_mistakes_are_errors():
     with pytest.raises(ValueError, match="split 'dev' is unknown"):
         MultiDigits("dev")
-    with pytest.raises(ValueError, match="size is 0; give a positive number"):
-        MultiDigits("train", size=0)
+    for size in (0, -1, 10**12):
+        with pytest.raises(ValueError, match=f"size is {size}; give a number of pairs"):
+            MultiDigits("train", size=size)

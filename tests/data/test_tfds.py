@@ -1,9 +1,13 @@
 """Any prepared TFDS data set as a source."""
 
 import io
+import itertools
+import json
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mtl_jax.data.source import Field
-from mtl_jax.data.sources.tfds import Tfds
+from mtl_jax.data.sources.tfds import Tfds, open_split
 
 
 class Menagerie(tfds.core.GeneratorBasedBuilder):
@@ -170,6 +174,168 @@ def test_unknown_split_names_the_known_ones(data_dir):
 def test_data_set_without_numbers_is_an_error(data_dir):
     with pytest.raises(ValueError, match=r"'prose' has no feature of numbers.*'text'"):
         Tfds("prose", "train", data_dir)
+
+
+def test_the_highest_version_is_read(data_dir, tmp_path):
+    shipped = Path(data_dir) / "menagerie" / "1.2.3"
+    for version in ("1.2.3", "1.10.0", "1.9.9"):
+        copy = shutil.copytree(shipped, tmp_path / "menagerie" / version)
+        info = json.loads((copy / "dataset_info.json").read_text())
+        info |= {"version": version, "description": version}
+        (copy / "dataset_info.json").write_text(json.dumps(info))
+    for name, version in (("menagerie", "1.10.0"), ("menagerie:1.9.9", "1.9.9")):
+        opened = open_split(name, "train", str(tmp_path))
+        assert opened.examples.dataset_info.description == version
+
+
+@pytest.fixture
+def altered(data_dir, tmp_path):
+    """Writes a copy of a data set, one file of which is altered; returns its folder."""
+    counter = itertools.count()
+
+    def write(file, change):
+        folder = tmp_path / str(next(counter))
+        copy = folder / "menagerie" / "1.2.3"
+        shutil.copytree(Path(data_dir) / "menagerie" / "1.2.3", copy)
+        if change is None:
+            (copy / file).unlink()
+        elif callable(change):
+            document = json.loads((copy / file).read_text())
+            change(document)
+            (copy / file).write_text(json.dumps(document))
+        else:
+            (copy / file).write_text(change)
+        return str(folder)
+
+    return write
+
+
+def refusal(folder):
+    with pytest.raises(ValueError, match="'menagerie'") as error:
+        Tfds("menagerie", "train", folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def replaced(*path, value):
+    """A change of what is at a path of a JSON document."""
+
+    def change(document):
+        for key in path[:-1]:
+            document = document[key]
+        document[path[-1]] = value
+
+    return change
+
+
+FEATURES = ("featuresDict", "features")
+HOSTILE = "hostile_feature.Feature"
+IN_A_STRING = json.dumps({"feature": {"type": HOSTILE, "content": {}}, "length": None})
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "expected"),
+    [
+        ("features.json", None, "features.json"),
+        ("features.json", "", "features.json is not valid JSON"),
+        ("features.json", '{"featuresDict": ', "features.json is not valid JSON"),
+        ("features.json", "3", "features.json is not a JSON object"),
+        ("features.json", "[" * 100_000, "features.json is not valid JSON"),
+        ("features.json", replaced(*FEATURES, value=3), "features"),
+        ("features.json", replaced(*FEATURES, "weight", value=[]), "feature"),
+        (
+            "features.json",
+            replaced(*FEATURES, "weight", "tensor", "dtype", value="float33"),
+            "features.json names the dtype 'float33'",
+        ),
+        (
+            "features.json",
+            replaced(*FEATURES, "number", "classLabel", "numClasses", value="9" * 15),
+            "features.json has a feature of 999999999999999 classes",
+        ),
+        ("dataset_info.json", None, "it is not there"),
+        ("dataset_info.json", "{", "dataset_info.json is not valid JSON"),
+        ("dataset_info.json", "[]", "dataset_info.json is not a JSON object"),
+        ("dataset_info.json", replaced("splits", value=3), "splits"),
+        ("dataset_info.json", replaced("version", value="x"), "x"),
+        ("dataset_info.json", replaced("fileFormat", value="exe"), "exe"),
+        ("metadata.json", "{", "Expecting property name"),
+        ("metadata.json", '{"class_names": 3}', "'int' object"),
+    ],
+)
+def test_a_damaged_description_is_refused(altered, file, change, expected):
+    assert expected in refusal(altered(file, change))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("features.json", replaced("pythonClassName", value=HOSTILE)),
+        (
+            "features.json",
+            replaced(*FEATURES, "photo", "pythonClassName", value=HOSTILE),
+        ),
+        (
+            "features.json",
+            replaced(
+                *FEATURES, "photo", value={"python_class_name": HOSTILE, "text": {}}
+            ),
+        ),
+        ("features.json", '{"type": "hostile_feature.Feature", "content": {}}'),
+        (
+            "features.json",
+            replaced(
+                *(*FEATURES, "photo"),
+                value={
+                    "pythonClassName": (
+                        "tensorflow_datasets.core.features.sequence_feature.Sequence"
+                    ),
+                    "jsonFeature": {"json": IN_A_STRING},
+                },
+            ),
+        ),
+        ("dataset_info.json", replaced("features", value={"pythonClassName": HOSTILE})),
+    ],
+)
+def test_a_hostile_description_runs_nothing(
+    altered, tmp_path, monkeypatch, file, change
+):
+    (tmp_path / "hostile_feature.py").write_text("raise SystemExit('hostile')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = altered(file, change)
+    message = refusal(folder)
+    assert f"{file} names 'hostile_feature.Feature'" in message
+    assert "hostile_feature" not in sys.modules
+    # That TFDS itself would have run it:
+    with pytest.raises((SystemExit, Exception), match="hostile"):
+        tfds.builder_from_directory(f"{folder}/menagerie/1.2.3")
+
+
+def test_the_code_of_a_data_set_is_not_run(data_dir, tmp_path, monkeypatch):
+    # TFDS has code for a data set of this name.
+    copy = tmp_path / "mnist" / "1.2.3"
+    shutil.copytree(Path(data_dir) / "menagerie" / "1.2.3", copy)
+    for file in copy.glob("menagerie*"):
+        file.rename(copy / file.name.replace("menagerie", "mnist"))
+    (copy / "dataset_info.json").write_text(
+        (copy / "dataset_info.json").read_text().replace("menagerie", "mnist")
+    )
+    monkeypatch.setattr(tfds, "builder_cls", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr(
+        "tensorflow_datasets.core.load.builder", lambda *_, **__: pytest.fail("made")
+    )
+    assert int(Tfds("mnist", "train", str(tmp_path))[2]["three"][0]) == 2
+
+
+def test_damaged_records_are_refused(altered):
+    file = "menagerie-train.array_record-00000-of-00001"
+    missing = Tfds("menagerie", "train", altered(file, None))
+    with pytest.raises(
+        ValueError, match=r"record 3 of split 'train' .* prepare the data"
+    ):
+        missing[3]
+    with pytest.raises(IndexError):
+        missing[6]
 
 
 def test_missing_dependency_names_the_command():

@@ -63,6 +63,18 @@ def test_random_shift_reaches_every_shift_and_nothing_else(max_shift):
     assert drawn == expected
 
 
+@pytest.mark.parametrize("max_shift", [-1, 5, 10**9])
+def test_a_shift_that_leaves_no_image_is_refused(max_shift):
+    record, rng = {"image": np.zeros((5, 6, 1), np.uint8)}, np.random.default_rng(0)
+    with pytest.raises(ValueError, match=f"max_shift is {max_shift}; .*, 5x6 pixels"):
+        random_shift(record, rng, max_shift)
+
+
+def test_a_shift_needs_an_image():
+    with pytest.raises(ValueError, match=r"the field 'image', but has \['photo'\]"):
+        random_shift({"photo": np.zeros((5, 6, 1))}, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("transform", [dihedral, random_shift])
 def test_transforms_leave_their_input_alone_and_follow_the_generator(transform):
     image = np.arange(1, 26, dtype=np.uint8).reshape(5, 5, 1)

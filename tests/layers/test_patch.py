@@ -33,10 +33,14 @@ def test_unpatchify_undoes_patchify(shape, patch_size):
     np.testing.assert_array_equal(unpatchify(patches, patch_size), images)
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 8, 3), (1, 8, 7, 3)])
-def test_patches_that_do_not_tile_the_image_are_refused(shape):
-    with pytest.raises(ValueError, match="patch_size is 4"):
-        patchify(jnp.zeros(shape), 4)
+@pytest.mark.parametrize(
+    ("shape", "patch_size"),
+    [((1, 7, 8, 3), 4), ((1, 8, 7, 3), 4), ((1, 8, 8, 3), 0), ((1, 8, 8, 3), -4)],
+)
+def test_patches_that_do_not_tile_the_image_are_refused(shape, patch_size):
+    size = f"{shape[1]}x{shape[2]}"
+    with pytest.raises(ValueError, match=f"patch_size is {patch_size}, .* {size} pix"):
+        patchify(jnp.zeros(shape), patch_size)
 
 
 def test_positions_by_their_formula():

@@ -3,6 +3,7 @@
 A new method needs one entry here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,13 +13,16 @@ import numpy as np
 import references
 
 from mtl_jax import optim
+from mtl_jax.optim.aligned_mtl import weights as aligned_mtl_weights
 from mtl_jax.optim.cagrad import weights as cagrad_weights
 from mtl_jax.optim.conflict_free import weights as conflict_free_weights
 from mtl_jax.optim.dualproj import weights as dualproj_weights
+from mtl_jax.optim.fairgrad import weights as fairgrad_weights
 from mtl_jax.optim.gradvac import weights as gradvac_weights
 from mtl_jax.optim.imtl_g import weights as imtl_g_weights
 from mtl_jax.optim.mean import weights as mean_weights
 from mtl_jax.optim.mgda import weights as mgda_weights
+from mtl_jax.optim.nash_mtl import weights as nash_mtl_weights
 from mtl_jax.optim.ntkmtl import weights as ntkmtl_weights
 from mtl_jax.optim.pcd import PCDMemory
 from mtl_jax.optim.pcd import weights as pcd_weights
@@ -148,6 +152,40 @@ def no_conflict(rows, weights, direction):
 def improves_all_by_its_square(rows, weights, direction):
     lengths = np.linalg.norm(rows, axis=1)
     return cosines_with(rows, direction) - np.linalg.norm(direction) / lengths
+
+
+def projects_equally(rows, weights, direction):
+    return [-np.ptp(cosines_with(rows, direction)), -abs(weights.sum() - 1)]
+
+
+def shares_a_fixed_length(rows, weights, direction):
+    relative = np.linalg.norm(direction) / np.sqrt(len(rows))
+    return [-abs(relative - 1), *cosines_with(rows, direction)]
+
+
+def aligned(scale, beside, **worked):
+    """Any scale gives the same where there is one principal direction.
+
+    Of `[g, -3g]` that is `(1, -3) / sqrt(10)`, of length `sqrt(10) |g|`, and the mean
+    preference is -1 / sqrt(10) of it.
+    """
+    return Method(
+        make=functools.partial(optim.aligned_mtl, scale=scale),
+        weights=functools.partial(aligned_mtl_weights, scale=scale),
+        reference=lambda rows: references.aligned_mtl(rows, scale),
+        outcomes=Outcomes(0, 0.5, 1, 0, -1, (0, beside), 1),
+        worked=worked,
+    )
+
+
+def fair_outcomes(alpha):
+    """Of one equation: `w_k = (g_k · d)^(−alpha)`, with `d` along all `g_k` alike."""
+
+    def weight(squared_length):
+        return squared_length ** (-alpha / (1 + alpha))
+
+    one = weight(25)
+    return Outcomes(0, one, 2 * weight(2 * 25), 0, 0, (0, weight(4)), one)
 
 
 def best_within_ball(rows, weights, direction):
@@ -280,6 +318,62 @@ METHODS = {
             "slanted": ((0.592330, 0.407670), (0.076697, 1, 1)),
             "plane": ((0.585786, 0.414214), (0.171573, 0.414214)),
         },
+        guarantee=projects_equally,
+    ),
+    # [g, -g, h] has singular values sqrt(50) and 2, the length that h gets over 3.
+    "aligned_mtl": aligned(
+        "min",
+        1 / 3,
+        slanted=((0.559072, 0.408261), (0.213279, 0.967333, 0.967333)),
+        plane=((0.552786, 0.414590), (0.138197, 0.414590)),
+    ),
+    "aligned_mtl, median": aligned(
+        "median",
+        1 / 3,
+        slanted=((0.559072, 0.408261), (0.213279, 0.967333, 0.967333)),
+    ),
+    "aligned_mtl, rmse": aligned(
+        "rmse",
+        np.sqrt(27) / 6,
+        slanted=((1.510866, 1.103306), (0.576376, 2.614172, 2.614172)),
+    ),
+    # The progress of a task that makes up all of d is |g|² w. Opposite gradients leave
+    # nothing to bargain for, h has its own.
+    "nash_mtl": Method(
+        make=optim.nash_mtl,
+        weights=nash_mtl_weights,
+        reference=lambda rows: references.fairgrad(rows, 1),
+        outcomes=fair_outcomes(1),
+        worked={
+            "slanted": ((0.591461, 0.407071), (0.076584, 0.998533, 0.998533)),
+            "plane": ((1.847759, 1.306563), (0.541196, 1.306563)),
+        },
+        power=0,
+        never_conflicts=True,
+        guarantee=shares_a_fixed_length,
+    ),
+    "fairgrad": Method(
+        make=optim.fairgrad,
+        weights=fairgrad_weights,
+        reference=lambda rows: references.fairgrad(rows, 2),
+        outcomes=fair_outcomes(2),
+        worked={
+            "slanted": ((0.471363, 0.319454), (0.031274, 0.790817, 0.790817)),
+            "plane": ((2.174053, 1.495842), None),
+        },
+        power=-1 / 3,
+        never_conflicts=True,
+        guarantee=no_conflict,
+    ),
+    "fairgrad, alpha 0.5": Method(
+        make=functools.partial(optim.fairgrad, alpha=0.5),
+        weights=functools.partial(fairgrad_weights, alpha=0.5),
+        reference=lambda rows: references.fairgrad(rows, 0.5),
+        outcomes=fair_outcomes(0.5),
+        worked={"slanted": ((0.742828, 0.525393), (0.181043, 1.268221, 1.268221))},
+        power=1 / 3,
+        never_conflicts=True,
+        guarantee=no_conflict,
     ),
     # The first step of GradVac is PCGrad.
     "gradvac": Method(

@@ -185,3 +185,64 @@ def _nearest_in_polyhedron(others, dues, own):
     if residual[-1] < 1e-11:
         return None
     return own - residual[:-1] / residual[-1] * scale
+
+
+def fairgrad(rows, alpha):
+    """The most useful direction of a ball, by Newton steps on the direction itself.
+
+    It solves `d = sum_k (g_k · d)^(−alpha) g_k`, the top of
+    `sum_k (g_k · d)^(1 − alpha) / (1 − alpha) − |d|² / 2`. Tasks whose gradients cancel
+    in a positive combination are projected out first.
+    """
+    lengths = np.linalg.norm(rows, axis=1)
+    rows, lengths = rows[lengths > 0], lengths[lengths > 0]
+    unit = rows / lengths[:, None]
+    held = [nnls(unit.T, -row, maxiter=1000)[1] < 1e-9 for row in unit]
+    if np.any(held):
+        _, values, basis = np.linalg.svd(unit[held], full_matrices=False)
+        basis = basis[values > 1e-9]
+        unit = unit - unit @ basis.T @ basis
+    free = np.linalg.norm(unit, axis=1) > 1e-9
+    if not np.any(free):
+        return np.zeros(rows.shape[1])
+    longest = lengths.max()
+    rows = unit[free] * lengths[free][:, None] / longest
+    direction = mgda(unit[free])
+    direction /= (rows @ direction).min()
+
+    def utility(direction):
+        progress = rows @ direction
+        if alpha == 1:
+            useful = np.log(progress)
+        else:
+            useful = progress ** (1 - alpha) / (1 - alpha)
+        return useful.sum() - direction @ direction / 2
+
+    for _ in range(2000):
+        progress = rows @ direction
+        slope = progress**-alpha @ rows - direction
+        bends = alpha * progress ** (-alpha - 1)
+        step = np.linalg.solve(np.eye(len(slope)) + rows.T * bends @ rows, slope)
+        # Short enough that every task keeps some of its progress.
+        size = 1 / max(1, 1.5 * np.max(-(rows @ step) / progress))
+        least = utility(direction)
+        while utility(direction + size * step) < least and size > 1e-3:
+            size /= 2
+        direction = direction + size * step
+        if np.linalg.norm(step) < 1e-13 * np.linalg.norm(direction):
+            break
+    return direction * longest ** ((1 - alpha) / (1 + alpha))
+
+
+def aligned_mtl(rows, scale):
+    """The singular value decomposition of the rows, with all values made one."""
+    lengths = np.linalg.norm(rows, axis=1)
+    rank = np.linalg.matrix_rank(rows[lengths > 0] / lengths[lengths > 0][:, None])
+    left, values, right = np.linalg.svd(rows, full_matrices=False)
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    length = {
+        "min": values[-1],
+        "median": np.sort(values)[(rank - 1) // 2],
+        "rmse": np.sqrt(np.mean(values**2)),
+    }[scale]
+    return length * left.mean(axis=0) @ right

@@ -6,6 +6,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from mtl_jax.sharding import Rules, make_mesh, param_shardings, spec
+from mtl_jax.sharding.mesh import AXES
+from mtl_jax.sharding.rules import check_rules
 
 
 def boxed(shape, names):
@@ -30,6 +32,35 @@ def test_a_misspelt_field_is_a_type_error():
 def test_a_misspelt_name_tells_the_nearest():
     with pytest.raises(ValueError, match=r"'expret'.*did you mean 'expert'"):
         spec(Rules(), ("expret", "embed"))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(),
+        Rules(batch=None, embed=("fsdp", "model")),
+        Rules(batch="data", expert=()),
+    ],
+)
+def test_rules_that_fit_their_mesh(rules):
+    check_rules(rules, AXES)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (
+            Rules(tokens="nope"),
+            "rules.tokens is 'nope'; choose from the mesh axes data",
+        ),
+        (Rules(embed=("fsdp", "nope")), r"rules.embed is \('fsdp', 'nope'\)"),
+        (Rules(batch=("data", "data")), "rules.batch is .*, each at most once"),
+        (Rules(batch="model"), "choose from the mesh axes data, fsdp, expert, each"),
+    ],
+)
+def test_rules_that_do_not_fit_their_mesh(rules, expected):
+    with pytest.raises(ValueError, match=expected):
+        check_rules(rules, AXES)
 
 
 @pytest.mark.parametrize(

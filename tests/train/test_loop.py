@@ -40,6 +40,11 @@ def as_numpy(leaf):
     return np.asarray(leaf)
 
 
+def timing_lines(folder):
+    lines = (folder.path / loop.TIMINGS).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypatch):
     uninterrupted, result = whole
     folder = RunFolder(tmp_path)
@@ -72,6 +77,17 @@ def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypat
     )
     assert continued["tasks"] == result["tasks"]
 
+    # The time of both parts, but for what was lost, and the speed of all steps.
+    timings = timing_lines(folder)
+    assert [line["step"] for line in timings] == [1, 2, 3, 4, 5, 6]
+    wall = [line["wall_time_seconds"] for line in timings]
+    assert wall == sorted(wall)
+    assert wall[4] > wall[3] + continued["cost"]["compile_seconds"]
+    assert continued["wall_time_seconds"] > wall[5]
+    seconds = sum(line["seconds_per_step"] for line in timings[1:])
+    speed = continued["cost"]["examples_per_second"]
+    np.testing.assert_allclose(speed, 5 * 16 / seconds)
+
 
 def test_metrics_are_flat_and_complete(whole):
     folder, _ = whole
@@ -98,10 +114,7 @@ def test_metrics_are_flat_and_complete(whole):
 
 def test_timings_are_apart(whole):
     folder, result = whole
-    lines = [
-        json.loads(line)
-        for line in (folder.path / loop.TIMINGS).read_text().splitlines()
-    ]
+    lines = timing_lines(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["seconds_per_step"] > 0 for line in lines)
     assert all(0 <= line["input_stall"] <= 1 for line in lines)

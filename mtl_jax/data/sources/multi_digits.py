@@ -16,6 +16,7 @@ from mtl_jax.data.sources import check_split
 from mtl_jax.data.sources.digits import DIGIT_NAMES, SIZE, load_digits
 
 CANVAS = 36
+MAX_SIZE = 1_000_000
 DEFAULT_SIZES = types.MappingProxyType({"train": 16_000, "test": 2_000})
 
 FIELDS = types.MappingProxyType(
@@ -48,8 +49,8 @@ class MultiDigits:
         smaller source begins like a larger one.
 
     Raises:
-      ValueError: If the split is unknown, the size not positive, or the data file
-        missing or damaged.
+      ValueError: If the split is unknown, the size not from 1 to a million, or the data
+        file missing or damaged.
     """
 
     split: str
@@ -57,8 +58,10 @@ class MultiDigits:
 
     def __post_init__(self):
         check_split(self.split)
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size is {self.size}; give a positive number of pairs")
+        if self.size is not None and not 1 <= self.size <= MAX_SIZE:
+            raise ValueError(
+                f"size is {self.size}; give a number of pairs from 1 to {MAX_SIZE:,}"
+            )
         load_pairs(self.split, len(self))
 
     @property

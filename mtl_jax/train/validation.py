@@ -1,0 +1,443 @@
+"""The checks of an experiment that are made before it starts."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtl_jax.data.mixture import Component, Mixture
+from mtl_jax.data.source import Record, Source
+from mtl_jax.models import VisionTransformer
+from mtl_jax.models.multitask import repeat
+from mtl_jax.sharding import Rules
+from mtl_jax.sharding.mesh import AXES
+from mtl_jax.sharding.rules import check_rules
+from mtl_jax.tasks.metrics import Metric
+from mtl_jax.tasks.task import Task
+from mtl_jax.train.experiment import Experiment, MeshShape
+
+
+def validate(experiment: Experiment) -> None:
+    """Checks what can be checked without device time.
+
+    Args:
+      experiment: What is to be run.
+
+    Raises:
+      ValueError: If a field does not fit the others; the message names the field,
+        its value and the remedy.
+    """
+    _check_kinds(experiment)
+    _check_numbers(experiment)
+    _check_names(experiment)
+    _check_labels(experiment)
+    _check_records(experiment)
+    check_rules(experiment.rules, AXES)
+    _check_trunk(experiment)
+    _check_factories(experiment)
+    _check_heads(experiment)
+
+
+def _check_kinds(experiment: Experiment) -> None:
+    if not isinstance(experiment, Experiment):
+        raise ValueError(
+            f"the config makes a {type(experiment).__name__}; it must make an "
+            "mtl_jax.train.Experiment"
+        )
+    for name, kind in (
+        ("tasks", Sequence),
+        ("mixture", Mixture),
+        ("trunk", nn.Module),
+        ("mesh", MeshShape),
+        ("rules", Rules),
+    ):
+        _check_kind(name, getattr(experiment, name), kind)
+    for index, task in enumerate(experiment.tasks):
+        _check_kind(f"tasks.{index}", task, Task)
+        _check_kind(f"tasks.{task.name}.head", task.head, nn.Module)
+        _check_kind(f"tasks.{task.name}.metrics", task.metrics, Sequence)
+        for metric in task.metrics:
+            _check_kind(f"tasks.{task.name}.metrics", metric, Metric)
+    components = experiment.mixture.components
+    _check_kind("mixture.components", components, Mapping)
+    for name, component in components.items():
+        _check_kind(f"mixture.components.{name}", component, Component)
+        _check_kind(f"mixture.components.{name}.train", component.train, Source)
+        _check_kind(f"mixture.components.{name}.test", component.test, Source)
+
+
+def _check_kind(path: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{path} is {value!r}; it must be a {kind.__name__}, or fdl.Config of one"
+        )
+
+
+def _check_numbers(experiment: Experiment) -> None:
+    for name in (
+        "num_steps",
+        "evaluate_every",
+        "checkpoint_every",
+        "log_every",
+        "evaluation_batch_size",
+        "evaluation_examples",
+    ):
+        value = getattr(experiment, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if experiment.num_steps >= 2**31:
+        raise ValueError(
+            f"num_steps is {experiment.num_steps}; it must be less than 2**31, as "
+            "steps are counted in 32 bits"
+        )
+    if not 0 <= experiment.seed < 2**32:
+        raise ValueError(f"seed is {experiment.seed}; it must be in [0, 2**32)")
+    if experiment.gradients_at not in ("params", "features"):
+        raise ValueError(
+            f'gradients_at is {experiment.gradients_at!r}; use "params" or "features"'
+        )
+
+
+def _check_names(experiment: Experiment) -> None:
+    names = [task.name for task in experiment.tasks]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(
+            f"tasks are {names}; give at least one, each with its own name"
+        )
+    for name in (*names, *experiment.mixture.components):
+        # They are parts of the flat names in metrics and samples.
+        if not name or "/" in name or name == "all":
+            raise ValueError(
+                f"{name!r} is no name for a task or a mixture component; choose one "
+                'that is neither empty nor "all" and has no "/"'
+            )
+    for task in experiment.tasks:
+        metrics = [metric.name for metric in task.metrics]
+        taken = {"loss", "test_loss", "gradient_norm", "weight", "dropped_tokens"}
+        if not metrics or len(set(metrics)) < len(metrics) or taken & set(metrics):
+            raise ValueError(
+                f"tasks.{task.name}.metrics are {metrics}; give at least one, each "
+                f"with its own name, which is none of {sorted(taken)}"
+            )
+
+
+def _check_labels(experiment: Experiment) -> None:
+    names = [task.name for task in experiment.tasks]
+    for source, component in experiment.mixture.components.items():
+        path = f"mixture.components.{source}"
+        if not 0 <= component.weight < math.inf:
+            raise ValueError(
+                f"{path}.weight is {component.weight}; it must be finite and at least "
+                "0, which leaves the source out of training"
+            )
+        if len(set(component.tasks)) < len(component.tasks):
+            raise ValueError(f"{path}.tasks is {component.tasks}; name each task once")
+        unknown = set(component.tasks) - set(names)
+        if unknown:
+            raise ValueError(
+                f"mixture component {source!r} labels unknown tasks {sorted(unknown)}; "
+                f"the tasks are {names}"
+            )
+    labelled = {task for tasks in experiment.labels.values() for task in tasks}
+    for name in names:
+        if name not in labelled:
+            raise ValueError(
+                f"task {name!r} has no labelled source; name it in the tasks of a "
+                "mixture component with a positive weight, or leave the task out"
+            )
+    for source, component in experiment.mixture.components.items():
+        if component.weight > 0 and not component.tasks:
+            raise ValueError(
+                f"mixture.components.{source}.tasks is empty; name the tasks that it "
+                "labels, or set its weight to 0"
+            )
+
+
+def _check_records(experiment: Experiment) -> None:
+    """Reads a record of each split: damage shows here rather than at a later step."""
+    fields = {task.name: task.field for task in experiment.tasks}
+    smallest = []
+    for source, component in experiment.mixture.components.items():
+        readers = {component.input_field: "the input"} | {
+            fields[task]: f"task {task!r}" for task in component.tasks
+        }
+        for split, records in (("train", component.train), ("test", component.test)):
+            where = f"the {split} split of source {source!r}"
+            if len(records) == 0:
+                raise ValueError(
+                    f"{where} is empty; leave the source out or give it records"
+                )
+            for field, reader in readers.items():
+                if field not in records.fields:
+                    raise ValueError(
+                        f"{where} has no field {field!r}, which {reader} needs; its "
+                        f"fields are {sorted(records.fields)}"
+                    )
+                if _described(records, field) != _described(component.train, field):
+                    raise ValueError(
+                        f"field {field!r} of source {source!r} differs between the "
+                        f"splits: {records.fields[field]} in {split}, but "
+                        f"{component.train.fields[field]} in train; make them alike"
+                    )
+            _check_record(where, records, records[0], readers)
+        shape = component.train.fields[component.input_field].shape
+        if len(shape) != 3:
+            raise ValueError(
+                f"mixture.components.{source}.input_field is "
+                f"{component.input_field!r}, which has shape {shape}; an input has "
+                "height, width and channels"
+            )
+        _check_augment(source, component, readers)
+        sizes = (component.train.fields[field] for field in readers)
+        smallest.append(
+            sum(math.prod(f.shape) * np.dtype(f.dtype).itemsize for f in sizes)
+        )
+    for name, batch_size in (
+        ("mixture.batch_size", experiment.mixture.batch_size),
+        ("evaluation_batch_size", experiment.evaluation_batch_size),
+    ):
+        needed, memory = batch_size * min(smallest), _host_memory()
+        if needed > memory:
+            raise ValueError(
+                f"{name} is {batch_size}; the records of such a batch take at least "
+                f"{needed / 1e9:,.0f} GB and this machine has {memory / 1e9:,.0f} GB: "
+                "make it smaller"
+            )
+
+
+def _described(records: Source, field: str) -> tuple:
+    described = records.fields[field]
+    return described.shape, described.dtype, described.num_classes
+
+
+def _check_record(
+    where: str, records: Source, record: Record, fields: Iterable[str]
+) -> None:
+    for field in fields:
+        expected = records.fields[field]
+        array = np.asarray(record[field]) if field in record else None
+        if array is None or (array.shape, array.dtype) != (
+            expected.shape,
+            np.dtype(expected.dtype),
+        ):
+            found = "absent" if array is None else f"{array.dtype} {array.shape}"
+            raise ValueError(
+                f"{where}: field {field!r} of a record is {found}, but its fields say "
+                f"{expected.dtype} {expected.shape}; make them agree"
+            )
+
+
+def _check_augment(source: str, component: Component, fields: Iterable[str]) -> None:
+    if component.augment is None:
+        return
+    path = f"mixture.components.{source}.augment"
+    rng = np.random.default_rng(0)
+    # Several times, as it may do nothing once.
+    for _ in range(8):
+        try:
+            record = component.augment(component.train[0], rng)
+        except (LookupError, MemoryError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{path} fails on a record of that source: {reason}"
+            ) from error
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{path} returned {record!r}; it must return a record")
+        _check_record(f"after {path}", component.train, record, fields)
+
+
+def _check_trunk(experiment: Experiment) -> None:
+    trunk = experiment.trunk
+    names = ("width", "num_heads", "patch_size", "mlp_ratio", "num_channels")
+    _check_sizes("trunk", trunk, names)
+    _check_sizes("trunk", trunk, ("depth",), most=1000)
+    _check_dtype("trunk", trunk)
+    for task in experiment.tasks:
+        path = f"tasks.{task.name}.head"
+        _check_sizes(path, task.head, ("num_classes", "patch_size", "hidden"))
+        _check_dtype(path, task.head)
+    num_routers = getattr(trunk, "num_tasks", None)
+    if num_routers is not None and num_routers != len(experiment.tasks):
+        raise ValueError(
+            f"trunk.num_tasks is {num_routers}, but there are "
+            f"{len(experiment.tasks)} tasks; make them equal, or use None for a "
+            "trunk that the tasks share"
+        )
+    if getattr(trunk, "moe", None) is not None:
+        _check_experts(trunk.moe)  # type: ignore[attr-defined]
+    if isinstance(trunk, VisionTransformer):
+        keywords = getattr(trunk.moe, "keywords", {})
+        for name in ("num_tasks", "dtype"):
+            if name in keywords:
+                raise ValueError(
+                    f"trunk.moe.{name} is {keywords[name]!r}, but the trunk gives its "
+                    f"own to the experts; set trunk.{name} instead"
+                )
+    if experiment.evaluation_batch_size % experiment.group_size:
+        raise ValueError(
+            f"evaluation_batch_size is {experiment.evaluation_batch_size}; it must be "
+            f"a multiple of the routing group of {experiment.group_size} examples"
+        )
+
+
+def _check_experts(make: Any) -> None:
+    if isinstance(make, nn.Module) or not callable(make):
+        raise ValueError(
+            f"trunk.moe is a {type(make).__name__}; it must make one: use fdl.Partial "
+            "rather than fdl.Config"
+        )
+    moe: Any = make()
+    _check_kind("trunk.moe()", moe, nn.Module)
+    _check_sizes("trunk.moe", moe, ("num_experts", "expert_hidden", "group_size"))
+    _check_sizes("trunk.moe", moe, ("num_selected",), most=moe.num_experts)
+    for name in ("noise_std", "importance_weight", "load_weight"):
+        value = getattr(moe, name, 0.0)
+        if value < 0:
+            raise ValueError(f"trunk.moe.{name} is {value}; it must be at least 0")
+
+
+def _check_sizes(
+    path: str, module: nn.Module, names: Iterable[str], most: int = 2**20
+) -> None:
+    """Checks those of the named fields that the module has; it may be the user's."""
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise ValueError(
+                f"{path}.{name} is {value}; it must be at least 1 and at most {most:,}"
+            )
+
+
+def _check_dtype(path: str, module: nn.Module) -> None:
+    dtype = getattr(module, "dtype", jnp.float32)
+    try:
+        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"{path}.dtype is {dtype!r}; use a floating-point type, such as float32 "
+            "or bfloat16"
+        )
+
+
+def _check_factories(experiment: Experiment) -> None:
+    for name, arguments in (
+        ("aggregator", {"num_tasks": len(experiment.tasks)}),
+        ("optimizer", {"num_steps": experiment.num_steps}),
+    ):
+        make = getattr(experiment, name)
+        try:
+            made = make(**arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"{name} cannot be called with {', '.join(arguments)} ({error}); use "
+                "fdl.Partial of a function that takes that"
+            ) from error
+        if name == "optimizer" and not isinstance(made, optax.GradientTransformation):
+            raise ValueError(
+                f"optimizer makes a {type(made).__name__}; it must make an "
+                "optax.GradientTransformation"
+            )
+    if experiment.sharpness is not None and not callable(experiment.sharpness):
+        raise ValueError(
+            f"sharpness is a {type(experiment.sharpness).__name__}; use fdl.Partial of "
+            "a function, or None"
+        )
+
+
+def _check_heads(experiment: Experiment) -> None:
+    """Compares the shape of every prediction with the labels it is to be judged by."""
+    model, key = experiment.model, jax.random.key(0)
+    try:
+        params = nn.unbox(
+            jax.eval_shape(lambda key: model.init(key, experiment.inputs), key)
+        )
+    except (ArithmeticError, MemoryError, TypeError) as error:
+        # What layers raise for sizes that they do not check.
+        raise ValueError(
+            f"the trunk or a head cannot be built ({error}); check its sizes"
+        ) from error
+    leaves = jax.tree.leaves(params)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    if needed > _device_memory():
+        raise ValueError(
+            f"the model has {sum(leaf.size for leaf in leaves):,} parameters, which "
+            f"take {needed / 1e9:,.0f} GB, but the devices have "
+            f"{_device_memory() / 1e9:,.0f} GB; make the trunk or a head smaller"
+        )
+    for task in experiment.tasks:
+        for source, tasks in experiment.labels.items():
+            if task.name not in tasks:
+                continue
+            component = experiment.mixture.components[source]
+            image = component.train.fields[component.input_field]
+            label = component.train.fields[task.field]
+            batch = experiment.group_size
+            prediction = jax.eval_shape(
+                lambda params, images, name=task.name: model.apply_head(
+                    params["heads"][name],
+                    model.apply_trunk(
+                        repeat(params["trunk"], 1), images, (name,), train=False
+                    ).features[0],
+                    name,
+                ),
+                params,
+                jax.ShapeDtypeStruct((batch, *image.shape), jnp.dtype(image.dtype)),
+            )
+            expected = label.shape
+            if label.num_classes is not None:
+                expected = (*expected, label.num_classes)
+            if prediction.shape[1:] != expected:
+                raise ValueError(
+                    f"the head of task {task.name!r} predicts shape "
+                    f"{prediction.shape[1:]} for each example, but the labels of "
+                    f"source {source!r} need {expected}; change the head's "
+                    "num_classes or patch_size"
+                )
+            _check_loss(
+                task,
+                prediction,
+                jax.ShapeDtypeStruct((batch, *label.shape), jnp.dtype(label.dtype)),
+            )
+
+
+def _check_loss(
+    task: Task, prediction: jax.ShapeDtypeStruct, target: jax.ShapeDtypeStruct
+) -> None:
+    mask = jax.ShapeDtypeStruct(target.shape[:1], jnp.bool_)
+    name = "loss"
+    try:
+        terms = jax.eval_shape(task.loss, prediction, target)
+        for metric in task.metrics:
+            name = f"metric {metric.name!r}"
+            jax.eval_shape(metric.update, prediction, target, mask)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the {name} of task {task.name!r} does not take predictions "
+            f"{prediction.dtype} {prediction.shape} and targets {target.dtype} "
+            f"{target.shape} ({error}); choose another one or change the head"
+        ) from error
+    shapes = jax.tree.map(lambda leaf: leaf.shape, terms)
+    if shapes != (target.shape, target.shape):
+        raise ValueError(
+            f"the loss of task {task.name!r} returns shapes {shapes} for targets of "
+            f"shape {target.shape}; it must return the loss of each element and which "
+            "are labelled"
+        )
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _device_memory() -> int:
+    """Bytes of all devices of this host together; CPU devices share its memory."""
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    return sum(s.get("bytes_limit", 0) for s in statistics) or _host_memory()

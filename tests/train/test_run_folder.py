@@ -1,0 +1,31 @@
+import pytest
+
+from mtl_jax.train import RunFolder, RunFolderError
+
+
+def test_a_log_is_cut_after_a_step(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.truncate("log", 3) == []
+    for step in (1, 3, 5):
+        folder.append("log", {"step": step, "value": float("nan")})
+    with (tmp_path / "log").open("a") as file:
+        file.write('{"step": 6, "val')
+    kept = [{"step": 1, "value": None}, {"step": 3, "value": None}]
+    assert folder.truncate("log", 4) == kept
+    assert folder.truncate("log", 4) == kept
+    assert folder.truncate("log", 1) == kept[:1]
+    assert (tmp_path / "log").read_text() == '{"step": 1, "value": null}\n'
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": "x"}', "3"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "log").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(RunFolderError, match=r"line 2 of .*log is damaged"):
+        RunFolder(tmp_path).truncate("log", 4)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 100_000, "\x00"])
+def test_a_damaged_document_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"a\.json is not"):
+        RunFolder(tmp_path).read_json("a.json")
