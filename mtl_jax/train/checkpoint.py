@@ -84,6 +84,7 @@ class Checkpoints:
         """
         wanted = _as_pytree(like)
         with self._explained(step):
+            self._check_files(step)
             saved = self._manager.item_metadata(step)["state"]
             if saved is None:
                 raise ValueError("its metadata are missing")
@@ -124,6 +125,12 @@ class Checkpoints:
                 f"the checkpoint {folder} is damaged ({reason}); restore it from a "
                 "copy, or delete it to use the one before"
             ) from error
+
+    def _check_files(self, step: int) -> None:
+        # Storage threads report missing files on stderr themselves.
+        for manifest in (self._directory / str(step)).glob("state/**/manifest.ocdbt"):
+            if not any((manifest.parent / "d").iterdir()):
+                raise ValueError("its arrays are missing")
 
     def _check_fits(self, step: int, saved: Any, wanted: Any) -> None:
         there, here = _shapes(saved), _shapes(wanted)

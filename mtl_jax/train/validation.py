@@ -138,12 +138,6 @@ def _check_labels(experiment: Experiment) -> None:
             )
         if len(set(component.tasks)) < len(component.tasks):
             raise ValueError(f"{path}.tasks is {component.tasks}; name each task once")
-        unknown = set(component.tasks) - set(names)
-        if unknown:
-            raise ValueError(
-                f"mixture component {source!r} labels unknown tasks {sorted(unknown)}; "
-                f"the tasks are {names}"
-            )
     labelled = {task for tasks in experiment.labels.values() for task in tasks}
     for name in names:
         if name not in labelled:
@@ -152,6 +146,12 @@ def _check_labels(experiment: Experiment) -> None:
                 "mixture component with a positive weight, or leave the task out"
             )
     for source, component in experiment.mixture.components.items():
+        unknown = set(component.tasks) - set(names)
+        if unknown:
+            raise ValueError(
+                f"mixture component {source!r} labels unknown tasks {sorted(unknown)}; "
+                f"the tasks are {names}"
+            )
         if component.weight > 0 and not component.tasks:
             raise ValueError(
                 f"mixture.components.{source}.tasks is empty; name the tasks that it "

@@ -229,8 +229,12 @@ def replaced(*path, value):
 
 
 FEATURES = ("featuresDict", "features")
+MANY = (*FEATURES, "many")
 HOSTILE = "hostile_feature.Feature"
-IN_A_STRING = json.dumps({"feature": {"type": HOSTILE, "content": {}}, "length": None})
+IN_A_STRING = {
+    "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+    "jsonFeature": {"json": json.dumps({"feature": {"type": HOSTILE, "content": {}}})},
+}
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,7 @@ IN_A_STRING = json.dumps({"feature": {"type": HOSTILE, "content": {}}, "length":
         ("features.json", "3", "features.json is not a JSON object"),
         ("features.json", "[" * 100_000, "features.json is not valid JSON"),
         ("features.json", replaced(*FEATURES, value=3), "features"),
-        ("features.json", replaced(*FEATURES, "weight", value=[]), "feature"),
+        ("features.json", replaced(*FEATURES, "weight", value=[]), "cannot be read"),
         (
             "features.json",
             replaced(*FEATURES, "weight", "tensor", "dtype", value="float33"),
@@ -271,29 +275,10 @@ def test_a_damaged_description_is_refused(altered, file, change, expected):
     ("file", "change"),
     [
         ("features.json", replaced("pythonClassName", value=HOSTILE)),
-        (
-            "features.json",
-            replaced(*FEATURES, "photo", "pythonClassName", value=HOSTILE),
-        ),
-        (
-            "features.json",
-            replaced(
-                *FEATURES, "photo", value={"python_class_name": HOSTILE, "text": {}}
-            ),
-        ),
+        ("features.json", replaced(*MANY, "pythonClassName", value=HOSTILE)),
+        ("features.json", replaced(*MANY, value={"python_class_name": HOSTILE})),
         ("features.json", '{"type": "hostile_feature.Feature", "content": {}}'),
-        (
-            "features.json",
-            replaced(
-                *(*FEATURES, "photo"),
-                value={
-                    "pythonClassName": (
-                        "tensorflow_datasets.core.features.sequence_feature.Sequence"
-                    ),
-                    "jsonFeature": {"json": IN_A_STRING},
-                },
-            ),
-        ),
+        ("features.json", replaced(*MANY, value=IN_A_STRING)),
         ("dataset_info.json", replaced("features", value={"pythonClassName": HOSTILE})),
     ],
 )
@@ -306,8 +291,8 @@ def test_a_hostile_description_runs_nothing(
     message = refusal(folder)
     assert f"{file} names 'hostile_feature.Feature'" in message
     assert "hostile_feature" not in sys.modules
-    # That TFDS itself would have run it:
-    with pytest.raises((SystemExit, Exception), match="hostile"):
+    # TFDS itself runs it.
+    with pytest.raises(SystemExit, match="hostile"):
         tfds.builder_from_directory(f"{folder}/menagerie/1.2.3")
 
 

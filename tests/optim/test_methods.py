@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from methods import METHODS, PAIRS, Outcomes, make_orders
+from gramian_methods import METHODS, PAIRS, Outcomes, make_orders
 
 from mtl_jax.optim.cagrad import weights as cagrad_weights
 from mtl_jax.optim.upgrad import weights as upgrad_weights

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from methods import make_orders
+from gramian_methods import make_orders
 from published_loops import LOOPS, nearest_on_simplex
 
 from mtl_jax import optim

@@ -189,7 +189,7 @@ def check_description(directory: epath.Path) -> None:
             keys.add("type")  # what older releases of TFDS write
         try:
             document = json.loads((directory / file).read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from error
         if not isinstance(document, dict):
             raise ValueError(f"{file} is not a JSON object")
