@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from gramian_methods import METHODS
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.experimental import aggregating
 
@@ -263,6 +264,44 @@ def test_sharded_update_agrees_and_gathers_nothing(make):
     for name, leaf in expected.items():
         np.testing.assert_allclose(result[name], leaf, rtol=1e-4, atol=1e-5)
         assert result[name].sharding.spec == out[name].spec
+
+
+# Beside the table's: those that take losses or further batches, and more.
+REDUCING = {name: method.make for name, method in METHODS.items()} | {
+    name: getattr(optim, name)
+    for name in ("mgda_frank_wolfe", "gradnorm", "modo", "sdmgrad")
+}
+WITHOUT_GRAMIAN = {
+    "sum": optim.sum,
+    "mean": optim.mean,
+    "random": optim.random,
+    "constant": lambda num_tasks: optim.constant(num_tasks, range(num_tasks)),
+}
+
+
+@pytest.mark.parametrize("name", REDUCING | WITHOUT_GRAMIAN)
+def test_sharded_update_reduces_one_matrix_of_tasks(name):
+    num_tasks = 5
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    stacked = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    leaf = jax.ShapeDtypeStruct((num_tasks, 16, 4), jnp.float32, sharding=stacked)
+    gradients = {"kernel": leaf}
+    aggregator = (REDUCING | WITHOUT_GRAMIAN)[name](num_tasks)
+    keywords: dict = {"active": jnp.ones(num_tasks, bool)}
+    if name == "gradnorm":
+        keywords["losses"] = jnp.ones(num_tasks)
+    if name in ("modo", "sdmgrad"):
+        keywords |= {"second": gradients, "third": gradients}
+    state = aggregator.init({"kernel": jnp.zeros(leaf.shape[1:])})
+    out = {"kernel": NamedSharding(mesh, PartitionSpec("fsdp"))}
+    update = jax.jit(aggregator.update, out_shardings=(out, None))
+    found = collectives(update.lower(gradients, state, **keywords).compile())
+    if name in WITHOUT_GRAMIAN:
+        assert found == []
+        return
+    [(shape, kind)] = found
+    assert kind == "all-reduce"
+    assert re.sub(r"\{.*?\}", "", shape) == "f32[5,5]"
 
 
 def test_sum_compiles_its_gramian_away():
