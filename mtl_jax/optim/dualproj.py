@@ -46,7 +46,7 @@ def weights(
     shares = task_preference(preference, active, norms.dtype)
     minimize = nonnegative_minimizer(cosines)
     mixed = precise_matmul(cosines, norms * shares)
-    lift = minimize(-mixed, jnp.zeros(num_tasks, bool))
+    lift = minimize(-mixed, mixed < 0)
     lift = jnp.where(norms > 0, lift / jnp.where(norms > 0, norms, 1), 0)
     return jnp.where(active, shares + lift, 0)
 
@@ -66,7 +66,7 @@ def dualproj(
     A zero gradient counts in the mean alone; opposite gradients leave what is
     orthogonal to them; duplicates count twice in the mean. Where a positive combination
     of all gradients is zero, so is `d`. Cost: the Gramian and one small quadratic
-    program; up to 8 tasks, `2^tasks` tiny inverses.
+    program.
 
     Args:
         num_tasks: Length of the leading axis of every gradient.

@@ -47,8 +47,8 @@ def mgda(num_tasks: int) -> Aggregator:
 
     A zero gradient makes `d = 0`, and so do opposite ones; duplicates share their
     weight in some way and leave `d` as it was. Small gradients dominate: `d` is never
-    longer than the shortest. Cost: the Gramian, then `2^tasks` tiny linear systems up
-    to 8 tasks, about `tasks` systems beyond.
+    longer than the shortest. Cost: the Gramian, then at most about `tasks` small linear
+    systems.
 
     Args:
         num_tasks: Length of the leading axis of every gradient.

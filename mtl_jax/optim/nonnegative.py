@@ -5,12 +5,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Bool, Float, Int
-
-# All 2^8 supports of 8 tasks fit one batch of tiny matrices.
-_ENUMERATION_LIMIT = 8
 
 Minimizer = Callable[
     [Float[Array, " size"], Bool[Array, " size"]], Float[Array, " size"]
@@ -20,89 +16,22 @@ Minimizer = Callable[
 def nonnegative_minimizer(matrix: Float[Array, "size size"]) -> Minimizer:
     """Prepare to minimise `½ xᵀ A x − bᵀ x` over `x ≥ 0` for any number of `b`.
 
-    Up to size 8 all supports of `x` are tried and the one that meets the optimality
-    conditions best is taken. Beyond, the active-set method of Lawson and Hanson adds
-    and drops coordinates, at most `4 * size` times (it needs about `size`). Both solve
-    linear systems to the end, so that the optimality conditions hold to rounding.
+    The active-set method of Lawson and Hanson adds and drops coordinates, at most
+    `4 * size` times; from a good guess a few steps are enough. It solves linear systems
+    to the end, so that the optimality conditions hold to rounding.
 
     Args:
         matrix: Symmetric positive semidefinite `A` with a diagonal of order one.
 
     Returns:
         A function `(b, guess) -> x`, where `b` lies in the range of `A` (the minimum
-        exists) and `guess` marks coordinates expected to be positive: it can save time
-        and never changes the result but by rounding.
+        exists) and `guess` marks coordinates expected to be positive: it saves time
+        and never changes the result but by rounding. Where nothing better is known,
+        guess `b > 0`, the coordinates that would grow from zero.
 
     References:
         Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23.
     """
-    if matrix.shape[0] <= _ENUMERATION_LIMIT:
-        return _enumerate(matrix)
-    return _active_set(matrix)
-
-
-def solver_on(
-    matrix: Float[Array, "size size"], support: Bool[Array, " size"]
-) -> Callable[[Float[Array, " size"]], Float[Array, " size"]]:
-    """Prepare to solve `A x = b` for vectors that are zero off a support.
-
-    Args:
-        matrix: Symmetric positive semidefinite `A` with a diagonal of order one.
-        support: Which rows and columns of `A` to keep.
-
-    Returns:
-        A function `b -> x` that ignores the entries of `b` off the support.
-    """
-    factor = cho_factor(_restrict(matrix, support))
-
-    def solve(b: Array) -> Array:
-        x = cho_solve(factor, jnp.where(support, b, 0))
-        # The second step undoes the ridge of `_restrict`.
-        left = jnp.where(support, b - precise_matmul(matrix, x), 0)
-        return x + cho_solve(factor, left)
-
-    return solve
-
-
-def precise_matmul(
-    matrix: Float[Array, "size size"], vector: Float[Array, " size"]
-) -> Float[Array, " size"]:
-    """Multiply in the full precision of the inputs on every platform."""
-    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)
-
-
-def _enumerate(matrix: Float[Array, "size size"]) -> Minimizer:
-    size = matrix.shape[0]
-    bits = (np.arange(2**size)[:, None] >> np.arange(size)) & 1
-    supports = jnp.asarray(bits, bool)
-    inverses = jnp.linalg.inv(jax.vmap(_restrict, (None, 0))(matrix, supports))
-
-    def minimize(b: Array, guess: Array) -> Array:
-        del guess
-
-        def candidate(inverse: Array, support: Array) -> Array:
-            x = precise_matmul(inverse, jnp.where(support, b, 0))
-            left = jnp.where(support, b - precise_matmul(matrix, x), 0)
-            x = x + precise_matmul(inverse, left)
-            return jnp.maximum(x, 0)
-
-        candidates = jax.vmap(candidate)(inverses, supports)
-        residuals = jax.vmap(_residual, (None, None, 0))(matrix, b, candidates)
-        return candidates[jnp.argmin(jnp.nan_to_num(residuals, nan=jnp.inf))]
-
-    return minimize
-
-
-class _ActiveSet(NamedTuple):
-    x: Float[Array, " size"]
-    support: Bool[Array, " size"]
-    entering: Int[Array, ""]
-    banned: Bool[Array, " size"]
-    steps: Int[Array, ""]
-    done: Bool[Array, ""]
-
-
-def _active_set(matrix: Float[Array, "size size"]) -> Minimizer:
     size = matrix.shape[0]
     indices = jnp.arange(size)
     epsilon = jnp.finfo(matrix.dtype).eps
@@ -155,6 +84,45 @@ def _active_set(matrix: Float[Array, "size size"]) -> Minimizer:
     return minimize
 
 
+def solver_on(
+    matrix: Float[Array, "size size"], support: Bool[Array, " size"]
+) -> Callable[[Float[Array, " size"]], Float[Array, " size"]]:
+    """Prepare to solve `A x = b` for vectors that are zero off a support.
+
+    Args:
+        matrix: Symmetric positive semidefinite `A` with a diagonal of order one.
+        support: Which rows and columns of `A` to keep.
+
+    Returns:
+        A function `b -> x` that ignores the entries of `b` off the support.
+    """
+    factor = cho_factor(_restrict(matrix, support))
+
+    def solve(b: Array) -> Array:
+        x = cho_solve(factor, jnp.where(support, b, 0))
+        # The second step undoes the ridge of `_restrict`.
+        left = jnp.where(support, b - precise_matmul(matrix, x), 0)
+        return x + cho_solve(factor, left)
+
+    return solve
+
+
+def precise_matmul(
+    matrix: Float[Array, "size size"], vector: Float[Array, " size"]
+) -> Float[Array, " size"]:
+    """Multiply in the full precision of the inputs on every platform."""
+    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)
+
+
+class _ActiveSet(NamedTuple):
+    x: Float[Array, " size"]
+    support: Bool[Array, " size"]
+    entering: Int[Array, ""]
+    banned: Bool[Array, " size"]
+    steps: Int[Array, ""]
+    done: Bool[Array, ""]
+
+
 def _restrict(matrix: Array, support: Array) -> Array:
     """The matrix on its support, the identity elsewhere, made safe to invert."""
     size = matrix.shape[0]
@@ -163,8 +131,3 @@ def _restrict(matrix: Array, support: Array) -> Array:
     # Duplicate or dependent rows are singular up to rounding, of either sign.
     ridge = 2 * size * jnp.finfo(matrix.dtype).eps
     return jnp.where(both, matrix, identity) + ridge * identity
-
-
-def _residual(matrix: Array, b: Array, x: Array) -> Array:
-    """How far `x` is from optimal: 0 iff `x ≥ 0 ≤ Ax − b` and `xᵀ(Ax − b) = 0`."""
-    return jnp.max(jnp.abs(jnp.minimum(x, precise_matmul(matrix, x) - b)))

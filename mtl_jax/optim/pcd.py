@@ -90,8 +90,8 @@ def pcd(
     opposite, or more tasks than parameters), as far as the precision of the Gramian can
     tell, they are given up and `d = g_1`. `d = 0` where `g_1` is zero or inactive, and
     where `tau = 0` and nothing but zero is free of conflict. An inactive task keeps its
-    average. Cost: the Gramian, then `2^tasks` tiny linear systems up to 8 tasks, about
-    `tasks` systems beyond; the state keeps two numbers a task.
+    average. Cost: the Gramian, then at most about `tasks` small linear systems; the
+    state keeps two numbers a task.
 
     Args:
         num_tasks: Length of the leading axis of every gradient.
@@ -161,6 +161,8 @@ def _least_addition(cosines: Array, needs: Array, others: Array) -> Array:
     v = minimize(needs, needs > 0)
     remainder = 1 - jnp.sum(needs * v)
     epsilon = jnp.finfo(needs.dtype).eps
-    noise = len(needs) * epsilon * (1 + jnp.sum(jnp.abs(needs) * v))
+    # Where the needs contradict each other, `C v` is zero but for rounding, which shows
+    # in the remainder `sum_j v_j` times enlarged.
+    noise = len(needs) * epsilon * (1 + jnp.sum(v)) ** 2
     met = remainder > noise
     return jnp.where(met, largest * v / jnp.where(met, remainder, 1), 0)

@@ -45,7 +45,7 @@ def weights(
     # With v = e_i + x / norms * norms[i], row i's problem is
     # min ½ xᵀCx + C_iᵀx over x ≥ 0, whatever the norms.
     minimize = nonnegative_minimizer(cosines)
-    lifts = jax.vmap(minimize, (0, None))(-cosines, jnp.zeros(num_tasks, bool))
+    lifts = jax.vmap(minimize)(-cosines, cosines < 0)
     ratio = norms[:, None] / jnp.where(norms > 0, norms, 1)[None, :]
     shares = task_preference(preference, active, norms.dtype)
     lifted = jnp.sum(shares[:, None] * lifts * ratio, axis=0)
@@ -66,8 +66,7 @@ def upgrad(
 
     A zero gradient adds nothing; opposite gradients cancel; duplicates count twice.
     Where a positive combination of all gradients is zero, so is `d`. Cost: the Gramian,
-    then one small quadratic program a task; up to 8 tasks these share `2^tasks` tiny
-    inverses.
+    then one small quadratic program a task.
 
     Args:
         num_tasks: Length of the leading axis of every gradient.

@@ -288,3 +288,12 @@ def test_pcgrad_follows_its_order():
         assert_same_direction("pcgrad", direction, expected, rows, np.float32)
         directions.append(direction)
     assert np.linalg.norm(directions[0] - directions[1]) > 1e-2
+
+
+@pytest.mark.parametrize("seed", range(1, 31))
+def test_pcd_gives_up_needs_that_contradict(seed):
+    # Most draws of five directions in a plane leave none that helps all of them.
+    rows = make_rows(5, 2, ratio=1e4, seed=seed)
+    _, direction = solve("pcd", rows, dtype=np.float64)
+    expected = references.pcd(rows, *make_inputs("pcd", 5))
+    assert np.linalg.norm(direction - expected) <= 1e-8 * np.linalg.norm(expected)
