@@ -30,7 +30,7 @@ test: $(BIN)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile
 
 docs: $(BIN)/.test
