@@ -85,8 +85,9 @@ def dwa(num_tasks: int, *, temperature: float = 2.0, window: int = 25) -> Balanc
         raise ValueError(f"window is {window}; pass 1 or more.")
 
     def init() -> DwaState:
-        zeros = jnp.zeros(num_tasks)
-        return DwaState(jnp.zeros(num_tasks, jnp.int32), zeros, zeros, zeros)
+        # One array a field: a buffer that is there twice cannot be donated.
+        sums = (jnp.zeros(num_tasks) for _ in range(3))
+        return DwaState(jnp.zeros(num_tasks, jnp.int32), *sums)
 
     def weigh(losses: Array, state: DwaState, active: Array) -> tuple[Array, DwaState]:
         values = weights(state.latest, state.previous, active, temperature=temperature)

@@ -73,8 +73,10 @@ def every(aggregator: Aggregator, n: int) -> Aggregator:
 
     def init(params: optax.Params) -> EveryState:
         inner = aggregator.init(params)
-        zeros = jnp.zeros_like(weights_in(inner))
-        return EveryState(zeros, zeros, jnp.full(zeros.shape, n, jnp.int32), inner)
+        current = weights_in(inner)
+        # Two arrays: a buffer that is there twice cannot be donated.
+        zeros = jnp.zeros_like(current), jnp.zeros_like(current)
+        return EveryState(*zeros, jnp.full(current.shape, n, jnp.int32), inner)
 
     def update(
         task_gradients: PyTree,

@@ -119,8 +119,10 @@ def excess_mtl(num_tasks: int, *, learning_rate: float = 1e-2) -> Aggregator:
         raise ValueError(f"learning_rate is {learning_rate}; pass 0 or more.")
 
     def memory(params: optax.Params) -> ExcessMTLMemory:
-        zeros = jnp.zeros(num_tasks, accumulation_dtype(params))
-        return ExcessMTLMemory(zero_rows(params, num_tasks), zeros, zeros)
+        # Two arrays: a buffer that is there twice cannot be donated.
+        dtype = accumulation_dtype(params)
+        zeros = jnp.zeros(num_tasks, dtype), jnp.zeros(num_tasks, dtype)
+        return ExcessMTLMemory(zero_rows(params, num_tasks), *zeros)
 
     def combine(
         task_gradients: PyTree,

@@ -71,8 +71,10 @@ def momentum(aggregator: Aggregator, decay: float = 0.9) -> Aggregator:
 
     def init(params: optax.Params) -> MomentumState:
         inner = aggregator.init(params)
-        zeros = jnp.zeros_like(weights_in(inner))
-        return MomentumState(zeros, zeros, jnp.zeros(zeros.shape, bool), inner)
+        current = weights_in(inner)
+        # Two arrays: a buffer that is there twice cannot be donated.
+        zeros = jnp.zeros_like(current), jnp.zeros_like(current)
+        return MomentumState(*zeros, jnp.zeros(current.shape, bool), inner)
 
     def update(
         task_gradients: PyTree,

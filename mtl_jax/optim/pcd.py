@@ -122,8 +122,8 @@ def pcd(
         )
 
     def initial_memory(dtype: jnp.dtype) -> PCDMemory:
-        zeros = jnp.zeros(num_tasks, dtype)
-        return PCDMemory(zeros, zeros)
+        # Two arrays: a buffer that is there twice cannot be donated.
+        return PCDMemory(jnp.zeros(num_tasks, dtype), jnp.zeros(num_tasks, dtype))
 
     def weigh(
         gramian: Array, active: Array, memory: PCDMemory

@@ -314,3 +314,29 @@ def test_missing_losses_are_refused():
     task_gradients = {"kernel": jnp.ones((2, 3))}
     with pytest.raises(ValueError, match="losses is None"):
         aggregator.update(task_gradients, aggregator.init(first(task_gradients)))
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        optim.dwa(3).init,
+        *(
+            lambda aggregator=aggregator: aggregator.init({"w": jnp.ones((4, 3))})
+            for aggregator in (
+                optim.gradvac(3),
+                optim.pcd(3),
+                optim.gradnorm(3),
+                optim.modo(3),
+                optim.sdmgrad(3),
+                optim.moco(3),
+                optim.db_mtl(3),
+                optim.excess_mtl(3),
+                optim.momentum(optim.mgda(3)),
+                optim.every(optim.mgda(3), 2),
+            )
+        ),
+    ],
+)
+def test_fresh_states_can_be_donated(init):
+    # A buffer may be given away once: no two arrays of a state share theirs.
+    jax.jit(lambda state: state, donate_argnums=0)(init())
