@@ -1,6 +1,6 @@
 """Trains the main job and its single-task baselines, and writes docs/results.md.
 
-    python benchmarks/results.py --runs runs/results --seeds 0 1 2
+    python benchmarks/results.py --runs runs/results
 
 Runs that are complete are not repeated, so it can be stopped and started again.
 """
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--baseline-seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--baseline-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
     multitask = [train(options.runs, "main", seed) for seed in options.seeds]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import fiddle as fdl
 
 from mtl_jax import optim
-from mtl_jax.data import Component, Mixture, dihedral, random_shift
+from mtl_jax.data import Component, Mixture, dihedral
 from mtl_jax.data.sources.digits import Digits
 from mtl_jax.data.sources.earth import Earth
 from mtl_jax.data.sources.multi_digits import MultiDigits
@@ -107,7 +107,6 @@ def main() -> fdl.Config:
                     train=fdl.Config(Digits, split="train"),
                     test=fdl.Config(Digits, split="test"),
                     tasks=TASKS["digits"],
-                    augment=fdl.Partial(random_shift, max_shift=1),
                     weight=5.0,
                 ),
                 "multi_digits": fdl.Config(

@@ -228,9 +228,9 @@ def test_what_cannot_be_named_in_a_document_is_explained(beside, variant, name):
             ("surface", "climate"),
         ),
         (
-            "mixture.components.digits.augment.max_shift=3",
-            lambda c: c.mixture.components["digits"].augment.max_shift,
-            3,
+            "mixture.components.digits.train.split=test",
+            lambda c: c.mixture.components["digits"].train.split,
+            "test",
         ),
         ("rules.embed=None", lambda c: c.rules.embed, None),
         ("rules.embed=('data','model')", lambda c: c.rules.embed, ("data", "model")),

@@ -115,6 +115,16 @@ def convolution(x, kernel, bias):
     return result
 
 
+def depthwise_convolution(x, kernel):
+    """A 3x3 convolution of each channel by itself, with zeros around, in float64."""
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    result = np.zeros_like(x)
+    for r, c in np.ndindex(*x.shape[1:3]):
+        window = padded[:, r : r + 3, c : c + 3].reshape(len(x), 9, -1)
+        result[:, r, c] = np.einsum("bnc,nc->bc", window, kernel)
+    return result
+
+
 def norm_and_gelu(x):
     x = x - x.mean(-1, keepdims=True)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
@@ -130,6 +140,7 @@ def test_a_convolutional_stem_against_float64():
         layer = jax.tree.map(np.asarray, params[f"convolution_{i}"])
         x = norm_and_gelu(convolution(x, layer["kernel"], layer["bias"]))
         assert x.shape[-1] == width
+    x = x + depthwise_convolution(x, np.asarray(params["depthwise"]))
     projection = jax.tree.map(np.asarray, params["projection"])
     expected = x @ projection["kernel"] + projection["bias"]
     tokens = stem.apply({"params": params}, pixels)

@@ -148,6 +148,8 @@ def of_another_source(record, rng):
         (dihedral, "fails on a record of that source"),
         (lambda record, rng: None, "must return a record"),
         (3, "fails on a record of that source: .*not callable"),
+        (functools.partial(random_shift, max_shift=-1), "max_shift is -1; it must"),
+        (functools.partial(random_shift, max_shift=8), "less than the sides"),
     ],
 )
 def test_an_augment_that_does_not_fit(augment, expected):
