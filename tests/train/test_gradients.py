@@ -16,6 +16,7 @@ from mtl_jax.train.gradients import at_features, at_params, balanced
 KEY = jax.random.key(3)
 
 
+@functools.cache
 def setup(**fields):
     chosen = experiment(**fields)
     program = build_program(chosen, jax.devices()[:1])
@@ -30,8 +31,10 @@ def setup(**fields):
     )
     # Heads start at zero and would pass no gradient on.
     heads = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape),
-        state.params["heads"],
+        lambda leaf: jnp.asarray(
+            leaf + np.float32(0.1 * np.sin(np.arange(leaf.size))).reshape(leaf.shape)
+        ),
+        jax.device_get(state.params["heads"]),
     )
     params = {"trunk": state.params["trunk"], "heads": heads}
     return program.objective, params, program.place(batch)
@@ -65,16 +68,24 @@ def reference_losses(objective, params, batch):
     return losses
 
 
-def reference_gradients(objective, params, batch):
-    """Gradient of each task's loss, and the loss, by one `jax.grad` a task."""
+@functools.cache
+def reference_gradients(num_routers):
+    """A function of two weights a task: of its loss, and of its auxiliary loss.
 
-    def one(name):
-        return jax.grad(
-            lambda params: reference_losses(objective, params, batch)[name],
-            has_aux=True,
-        )(params)
+    Returns:
+      The function, to the gradient of the weighted sum and to the losses.
+    """
+    objective, params, batch = setup(num_routers=num_routers)
 
-    return [one(task.name) for task in objective.tasks]
+    def weighted(params, weights, auxiliary_weights):
+        losses = reference_losses(objective, params, batch)
+        total, parts = 0.0, [losses[task.name] for task in objective.tasks]
+        for k, (with_auxiliary, alone) in enumerate(parts):
+            total += weights[k] * alone
+            total += auxiliary_weights[k] * (with_auxiliary - alone)
+        return total, jnp.stack([alone for _, alone in parts])
+
+    return functools.partial(jax.jit(jax.grad(weighted, has_aux=True)), params)
 
 
 WEIGHTED = optim.Aggregator(
@@ -96,15 +107,16 @@ def assert_trees_close(actual, expected, tolerance=2e-6):
 @pytest.mark.parametrize("num_routers", [4, None], ids=["router a task", "shared"])
 def test_each_row_is_the_gradient_of_that_tasks_loss(num_routers):
     objective, params, batch = setup(num_routers=num_routers)
-    expected = jax.jit(functools.partial(reference_gradients, objective))(params, batch)
+    expected = reference_gradients(num_routers)
     evaluate = jax.jit(at_params(objective, WEIGHTED))
     rows = []
-    for k, (gradient, loss) in enumerate(expected):
-        name = objective.tasks[k].name
-        evaluation, actual = evaluate(params, batch, KEY, jnp.eye(4)[k])
+    for k, task in enumerate(objective.tasks):
+        name, alone = task.name, jnp.eye(4)[k]
+        gradient, losses = expected(alone, alone)
+        evaluation, actual = evaluate(params, batch, KEY, alone)
         assert_trees_close(actual["trunk"], gradient["trunk"])
         assert_trees_close(actual["heads"][name], gradient["heads"][name])
-        np.testing.assert_allclose(evaluation.losses[k], loss, rtol=1e-6)
+        np.testing.assert_allclose(evaluation.losses[k], losses[k], rtol=1e-6)
         rows.append(jax.flatten_util.ravel_pytree(gradient["trunk"])[0])
     rows = np.stack(rows).astype(np.float64)
     gramian = rows @ rows.T
@@ -133,17 +145,9 @@ def test_balanced_losses_are_weighed_in_trunk_and_heads(num_routers):
     balancer = optim.Balancer(
         init=lambda: (), weights=lambda losses, state, active: (weights, state)
     )
-
-    def weighted(params):
-        losses = reference_losses(objective, params, batch)
-        total = 0.0
-        for k, task in enumerate(objective.tasks):
-            with_auxiliary, alone = losses[task.name]
-            share = weights[k] if num_routers else 1.0
-            total += weights[k] * alone + share * (with_auxiliary - alone)
-        return total
-
-    expected = jax.jit(jax.grad(weighted))(params)
+    # A router's auxiliary loss is weighed as its task is, that of a shared one is not.
+    shares = weights if num_routers else jnp.ones(4)
+    expected, _ = reference_gradients(num_routers)(weights, shares)
     state = optim.BalancerState(jnp.zeros(4), ())
     evaluation, gradient = jax.jit(balanced(objective, balancer))(
         params, batch, KEY, state
@@ -176,6 +180,6 @@ def test_a_task_without_labels_is_inactive_and_has_no_gradient():
 
 
 def test_features_need_a_shared_trunk():
-    objective, _, _ = setup()
+    objective, _, _ = setup(num_routers=4)
     with pytest.raises(ValueError, match='gradients_at="params"'):
         at_features(objective, optim.sum(num_tasks=4))
