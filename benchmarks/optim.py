@@ -3,7 +3,7 @@
     pip install -e '.[benchmarks]'
     python benchmarks/optim.py
 
-Writes docs/speed.md, in about six minutes. Every row is a ratio of two times taken in
+Writes docs/speed.md, in about eight minutes. Every row is a ratio of two times taken in
 turns in this process; absolute times are those of the core it happened to run on.
 LibMTL is taken as it is on the package index (1.1.5).
 """
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchjd.aggregation as peer
-from optim_steps import CASES, LIBMTL, OurSteps, TheirSteps
+from optim_steps import CASES, LIBMTL, NUM_TASKS, OurSteps, TheirSteps
 
 from mtl_jax import optim
 
@@ -57,7 +57,7 @@ METHODS: dict[str, tuple[Callable, Callable]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "speed.md")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each step")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def processor() -> str:
 
 
 def in_turns(
-    functions: dict[str, Callable[[], Any]], rounds: int, seconds: float = 0.0
+    functions: dict[str, Callable[[], Any]], rounds: int, seconds: float
 ) -> dict[str, float]:
     """Median seconds of processor time a call of each function, measured in turns.
 
@@ -174,83 +174,112 @@ def case_section(case: str, methods: Iterable[str], rounds: int) -> str:
             f"the two {case}s have {ours.num_parameters} and {theirs.num_parameters} "
             "parameters; make them the same model."
         )
-    plain = {"ours": ours.plain(), "theirs": theirs.plain()}
-    mean = {
-        (library, together): make(together)
-        for together in (False, True)
-        for library, make in (
-            ("ours", lambda together: ours.at_params(optim.mean, together)),
-            ("theirs", lambda together: theirs.torchjd(peer.Mean(), together)),
-        )
-    }
-    times = in_turns(plain | {"forward": ours.forward()} | mean, rounds)
-    best = {library: times[library, True] < times[library, False] for library in plain}
-    ways = [
-        [
-            title,
-            f"{1e3 * times[library]:.1f} ms",
-            multiple(times[library, False], times[library]),
-            multiple(times[library, True], times[library]),
-        ]
-        for title, library in (("mtl_jax", "ours"), ("TorchJD", "theirs"))
+    means = mean_times(ours, theirs, rounds)
+    timed = {name: method_times(name, ours, theirs, means, rounds) for name in methods}
+    backward = 1 - means["forward"] / means["ours"]
+    columns = ("parameters", "features", "TorchJD", "LibMTL")
+    rows = [
+        [f"`{name}`", *(multiple(*times.get(column, ())) for column in columns)]
+        for name, times in timed.items()
     ]
-    backward = 1 - times["forward"] / times["ours"]
 
-    rows, longer, larger, targets = [], [], [], []
-    for name in methods:
-        make, make_peer = METHODS[name]
-        steps = {
-            "params": ours.at_params(make, best["ours"]),
-            "features": ours.at_features(make),
-            "TorchJD": theirs.torchjd(make_peer(3), best["theirs"]),
-        }
-        if name in LIBMTL:
-            steps["LibMTL"] = theirs.libmtl(name)
-        times = in_turns(plain | steps, rounds)
-        base = {"params": "ours", "features": "ours"}
-        over = {
-            column: times[column] / times[base.get(column, "theirs")]
-            for column in steps
-        }
-        rows.append(
-            [
-                f"`{name}`",
-                *(
-                    multiple(times[column], times[base.get(column, "theirs")])
-                    if column in steps
-                    else "–"
-                    for column in ("params", "features", "TorchJD", "LibMTL")
-                ),
-            ]
-        )
-        print(case, *rows[-1], flush=True)
-        if times["params"] > times["TorchJD"]:
-            longer.append(f"`{name}`")
-        if over["params"] > over["TorchJD"]:
-            larger.append(f"`{name}`")
-        targets.append((over["params"], over["features"]))
-    at_params, at_features = zip(*targets, strict=True)
-    header = ["method", "at parameters", "at features", "TorchJD", "LibMTL"]
+    def over(times: dict[str, tuple[float, float]], column: str) -> float:
+        return times[column][0] / times[column][1]
+
+    def span(column: str) -> str:
+        multiples = [over(times, column) for times in timed.values()]
+        return f"{min(multiples):.2f} to {max(multiples):.2f}"
+
+    def methods_with(condition: Callable[[dict], bool]) -> str:
+        names = [f"`{name}`" for name, times in timed.items() if condition(times)]
+        return "all" if len(names) == len(timed) else listed(names)
+
     return CASE.format(
         case=case,
         batch=CASES[case].batch,
         parameters=ours.num_parameters,
-        ways=table(["mean", "plain sum", "one by one", "together"], ways),
-        floor=1 + (3 - 1) * backward,
+        ways=ways_table(means),
+        table=table(
+            ["method", "at parameters", "at features", "TorchJD", "LibMTL"], rows
+        ),
+        floor=1 + (NUM_TASKS - 1) * backward,
         forward=100 * (1 - backward),
-        table=table(header, rows),
-        longer=listed(longer),
-        larger=listed(larger),
-        at_params=f"{min(at_params):.2f} to {max(at_params):.2f}",
-        at_features=f"{min(at_features):.2f} to {max(at_features):.2f}",
+        at_parameters=span("parameters"),
+        at_features=span("features"),
+        longer=methods_with(lambda times: times["parameters"][0] > times["TorchJD"][0]),
+        larger=methods_with(
+            lambda times: over(times, "parameters") > over(times, "TorchJD")
+        ),
+        twice=methods_with(lambda times: over(times, "parameters") > 2),
     )
 
 
-def multiple(seconds: float, base: float) -> str:
+def mean_times(ours: OurSteps, theirs: TheirSteps, rounds: int) -> dict[Any, float]:
+    """Seconds of plain sums, of our forward pass, and of the mean done either way."""
+    steps = {
+        "ours": ours.plain(),
+        "theirs": theirs.plain(),
+        "forward": ours.forward(),
+    }
+    for together in (False, True):
+        steps["ours", together] = ours.at_params(optim.mean, together)
+        steps["theirs", together] = theirs.torchjd(peer.Mean(), together)
+    return in_turns(steps, rounds, 0.1)
+
+
+def method_times(
+    name: str,
+    ours: OurSteps,
+    theirs: TheirSteps,
+    means: dict[Any, float],
+    rounds: int,
+) -> dict[str, tuple[float, float]]:
+    """Column -> seconds of a step and of its library's plain sum, in the same turns."""
+    together = {
+        library: means[library, True] < means[library, False]
+        for library in ("ours", "theirs")
+    }
+    make, make_peer = METHODS[name]
+    steps = {
+        "ours": ours.plain(),
+        "theirs": theirs.plain(),
+        "parameters": ours.at_params(make, together["ours"]),
+        "features": ours.at_features(make),
+        "TorchJD": theirs.torchjd(make_peer(NUM_TASKS), together["theirs"]),
+    }
+    if name in LIBMTL:
+        steps["LibMTL"] = theirs.libmtl(name)
+    times = in_turns(steps, rounds, 0.1)
+    plain = {"ours": times.pop("ours"), "theirs": times.pop("theirs")}
+    own = ("parameters", "features")
+    result = {
+        column: (seconds, plain["ours" if column in own else "theirs"])
+        for column, seconds in times.items()
+    }
+    print(name, {key: multiple(*pair) for key, pair in result.items()}, flush=True)
+    return result
+
+
+def ways_table(means: dict[Any, float]) -> str:
+    rows = [
+        [
+            title,
+            f"{1e3 * means[library]:.1f} ms",
+            multiple(means[library, False], means[library]),
+            multiple(means[library, True], means[library]),
+        ]
+        for title, library in (("mtl_jax", "ours"), ("TorchJD", "theirs"))
+    ]
+    return table(["mean", "plain sum", "one by one", "together"], rows)
+
+
+def multiple(seconds: float | None = None, base: float = 1.0) -> str:
+    if seconds is None:
+        return "–"
     return f"{1e3 * seconds:.1f} ms (**{seconds / base:.2f}×**)"
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
@@ -305,11 +334,14 @@ CASE = """### {case}, {parameters:,} parameters, batch {batch}
 
 {table}
 
-Longer at parameters than TorchJD: {longer}. A larger multiple than TorchJD's: {larger}.
-Task gradients cost {at_params} times a plain sum at parameters, and {at_features} times
-at features. The forward pass is {forward:.0f} % of the plain sum here: with three
-backward passes for one, exact gradients at parameters cost {floor:.2f} times as much
-unless passes share work."""
+Task gradients cost {at_parameters} times a plain sum at parameters, and
+{at_features} times at features. The forward pass is {forward:.0f} % of the plain sum of
+mtl_jax: with three backward passes for one, gradients at parameters cost {floor:.2f}
+times as much, less what work the passes share.
+
+- Longer at parameters than TorchJD: {longer}.
+- A larger multiple at parameters than TorchJD's: {larger}.
+- More than twice the plain sum at parameters: {twice}."""
 
 if __name__ == "__main__":
     main()
