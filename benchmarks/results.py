@@ -37,6 +37,8 @@ budget for each task, seven times the trunks.
 
 The constant predictor is the best single answer: the most frequent class, or the mean.
 
+{verdict}
+
 {delta}
 
 ## Cost
@@ -104,6 +106,7 @@ def page(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
         table=table(
             ("task", "metric", "multitask", "single task", "constant predictor"), rows
         ),
+        verdict=verdict(multitask, alone),
         delta=(
             f"Delta-m against the single-task runs{left_out}:\n\n"
             f"- mean over metrics, lower is better: "
@@ -124,6 +127,28 @@ def page(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
                 ("device", multitask[0]["device"]),
             ],
         ),
+    )
+
+
+def verdict(multitask: list[dict], alone: dict[str, list[dict]]) -> str:
+    """Which tasks the others helped, where the seeds leave no doubt."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "overlap": []}
+    for task in TASKS:
+        metric, entry = next(iter(multitask[0]["tasks"][task]["metrics"].items()))
+        sign = 1 if entry["higher_is_better"] else -1
+        together = [sign * value(run, task, metric) for run in multitask]
+        apart = [sign * value(run, task, metric) for run in alone[task]]
+        if min(together) > max(apart):
+            found["better"].append(task)
+        elif max(together) < min(apart):
+            found["worse"].append(task)
+        else:
+            found["overlap"].append(task)
+    names = {key: ", ".join(tasks) or "none" for key, tasks in found.items()}
+    return (
+        "By the first metric of each task, every seed of the main job does better than "
+        f"every seed of the task alone for: {names['better']}; worse for: "
+        f"{names['worse']}. The seeds overlap for: {names['overlap']}."
     )
 
 
