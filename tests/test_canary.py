@@ -1,5 +1,9 @@
 """The installed JAX must compute stacked task gradients rightly."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +13,13 @@ from mtl_jax.optim import check_task_gradients
 
 def test_installed_release_is_right():
     check_task_gradients()
+
+
+def test_installed_release_is_right_as_users_compile():
+    """Compiled with care, unlike elsewhere in the tests."""
+    code = "from mtl_jax.optim import check_task_gradients as check; check()"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_wrong_gradients_are_refused():
