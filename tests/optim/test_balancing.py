@@ -70,9 +70,10 @@ def test_uncertainty_takes_the_form_of_each_task():
     weights, states = run("uncertainty", losses, form=mixed)
     for task, form in enumerate(mixed):
         alone, alone_states = run("uncertainty", losses[:, [task]], form=form)
-        np.testing.assert_array_equal(weights[:, task], alone[:, 0])
-        np.testing.assert_array_equal(
-            states[-1].values[task], alone_states[-1].values[0]
+        # Programs for three tasks and for one may round differently.
+        np.testing.assert_allclose(weights[:, task], alone[:, 0], rtol=1e-6)
+        np.testing.assert_allclose(
+            states[-1].values[task], alone_states[-1].values[0], rtol=1e-6
         )
     np.testing.assert_allclose(weights[0], [1, 0.5, 1])
 
