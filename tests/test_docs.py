@@ -39,13 +39,18 @@ exec "{python}" "{root}/run.py" "$@"
 
 @pytest.fixture
 def environment(tmp_path):
-    """Where ``mtl-jax`` and ``mtl_jax`` are this source tree's."""
+    """Where ``mtl-jax`` and ``mtl_jax`` are this source tree's.
+
+    What one command of a page has compiled, the next need not compile again.
+    """
     programs = tmp_path / "bin"
     programs.mkdir()
     command = programs / "mtl-jax"
     command.write_text(COMMAND.format(python=sys.executable, root=ROOT))
     command.chmod(0o755)
     return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
