@@ -147,6 +147,9 @@ def test_an_unknown_variant_lists_the_known(mistake):
         ("tasks.digit.head.num_classes=0", "tasks.digit.head.num_classes is 0"),
         ("tasks.digit.head.dtype=int8", "tasks.digit.head.dtype is 'int8'"),
         ("optimizer.learning_rate=1e400", "optimizer.learning_rate is inf"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate is -1.0; it must be"),
+        ("optimizer.num_steps=3", "optimizer.num_steps is 3; leave it out"),
+        ("aggregator.num_tasks=3", "aggregator.num_tasks is 3; leave it out"),
         ("num_steps=1000000000000000000000", "it must be less than 2**31"),
         (
             "mixture.batch_size=1000000000000",

@@ -197,7 +197,7 @@ class ConvolutionalStem(nn.Module):
             ),
             (9, self.width),
         )
-        rows = kernel.astype(self.dtype)[:, None, None, None]
+        rows = jnp.asarray(kernel, self.dtype)[:, None, None, None]
         for neighbour, row in zip(_neighbours(x, stride=1), rows, strict=True):
             x += neighbour * row
         return nn.Dense(

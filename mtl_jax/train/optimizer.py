@@ -1,5 +1,7 @@
 """Optax chains with a schedule over a run of known length."""
 
+import math
+
 import jax
 import optax
 
@@ -31,7 +33,23 @@ def adamw(
 
     Returns:
       The chain.
+
+    Raises:
+      ValueError: If a number is out of its range.
     """
+    for name, value, least, most in (
+        ("learning_rate", learning_rate, 0, math.inf),
+        ("warmup_fraction", warmup_fraction, 0, 1),
+        ("weight_decay", weight_decay, 0, math.inf),
+        ("b2", b2, 0, 1),
+        ("eps", eps, 0, math.inf),
+        ("max_norm", 1.0 if max_norm is None else max_norm, 0, math.inf),
+    ):
+        if not least <= value <= most:
+            upper = "" if most == math.inf else f" and at most {most}"
+            raise ValueError(
+                f"optimizer.{name} is {value}; it must be at least {least}{upper}"
+            )
     warmup = max(1, round(warmup_fraction * num_steps))
     schedule = optax.schedules.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup, max(num_steps, warmup + 1)

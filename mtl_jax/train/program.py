@@ -165,6 +165,12 @@ def build_program(
     if isinstance(method, Balancer) and method.observe is not None:
         step = observing(step, objective, method)
 
+    trunk = jax.eval_shape(
+        lambda key: nn.unbox(experiment.model.init(key, experiment.inputs))["trunk"],
+        jax.random.key(0),
+    )
+    _check_update(aggregator, experiment, trunk)
+
     def init(key: jax.Array) -> TrainState:
         params_key, step_key = jax.random.split(key)
         params = experiment.model.init(params_key, experiment.inputs)
@@ -219,6 +225,29 @@ def _method(experiment: Experiment) -> Aggregator | Balancer:
             "gradient that comes out of it: put them in the optimizer"
         )
     return method
+
+
+def _check_update(aggregator: Aggregator, experiment: Experiment, trunk: Any) -> None:
+    """Finds out before anything is compiled what an aggregator cannot work on."""
+    count = len(experiment.tasks)
+
+    def update(params: Any) -> Any:
+        state = aggregator.init(params)
+        at = {
+            "params": params,
+            "features": dict.fromkeys(experiment.labels, jnp.zeros(1)),
+        }[experiment.gradients_at]
+        rows = jax.tree.map(
+            lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), at
+        )
+        parameters = (params,) if at is params else ()
+        losses, active = jnp.ones(count), jnp.ones(count, bool)
+        return aggregator.update(rows, state, *parameters, losses=losses, active=active)
+
+    try:
+        jax.eval_shape(update, trunk)
+    except ValueError as error:
+        raise ValueError(f"aggregator: {error}") from error
 
 
 def _sharpened(

@@ -185,7 +185,9 @@ def _check_records(experiment: Experiment) -> None:
                         f"splits: {records.fields[field]} in {split}, but "
                         f"{component.train.fields[field]} in train; make them alike"
                     )
-            _check_record(where, records, records[0], readers)
+            # A file that was cut off has its first records, but not its last.
+            for index in (0, len(records) - 1):
+                _check_record(where, records, records[index], readers)
         shape = component.train.fields[component.input_field].shape
         if len(shape) != 3:
             raise ValueError(
@@ -328,17 +330,28 @@ def _check_dtype(path: str, module: nn.Module) -> None:
 
 
 def _check_factories(experiment: Experiment) -> None:
-    for name, arguments in (
-        ("aggregator", {"num_tasks": len(experiment.tasks)}),
-        ("optimizer", {"num_steps": experiment.num_steps}),
+    for name, argument, value, remedy in (
+        (
+            "aggregator",
+            "num_tasks",
+            len(experiment.tasks),
+            "; clipping and the like belong behind it, in the optimizer: before it, "
+            "they would bend the angles that it reasons about",
+        ),
+        ("optimizer", "num_steps", experiment.num_steps, ""),
     ):
         make = getattr(experiment, name)
+        if argument in getattr(make, "keywords", {}):
+            raise ValueError(
+                f"{name}.{argument} is {make.keywords[argument]!r}; leave it out, as "
+                f"the experiment gives {value}"
+            )
         try:
-            made = make(**arguments)
+            made = make(**{argument: value})
         except TypeError as error:
             raise ValueError(
-                f"{name} cannot be called with {', '.join(arguments)} ({error}); use "
-                "fdl.Partial of a function that takes that"
+                f"{name} cannot be called with {argument} ({error}); use fdl.Partial "
+                f"of a function that takes that{remedy}"
             ) from error
         if name == "optimizer" and not isinstance(made, optax.GradientTransformation):
             raise ValueError(

@@ -23,6 +23,7 @@ VARIANTS = (
     *METHODS,
     "features",
     "sharpness",
+    *(f"{name}_sharpness" for name in ("pcgrad", "cagrad", "mgda", "upgrad")),
     *(f"single_{task}" for task in TASKS),
 )
 
@@ -58,7 +59,7 @@ def test_every_variant_survives_its_document(variant, smoke):
 
 # One of each kind: those of a kind differ in an aggregator or a task.
 @pytest.mark.parametrize(
-    "variant", ["main", "features", "dense", "sharpness", "single_climate"]
+    "variant", ["main", "features", "dense", "pcgrad_sharpness", "single_climate"]
 )
 def test_variants_fit_together_on_eight_devices(variant):
     experiment = build(variant, smoke=True)

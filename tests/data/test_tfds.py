@@ -315,9 +315,7 @@ def test_the_code_of_a_data_set_is_not_run(data_dir, tmp_path, monkeypatch):
 def test_damaged_records_are_refused(altered):
     file = "menagerie-train.array_record-00000-of-00001"
     missing = Tfds("menagerie", "train", altered(file, None))
-    with pytest.raises(
-        ValueError, match=r"record 3 of split 'train' .* prepare the data"
-    ):
+    with pytest.raises(OSError, match=r"record 3 of split 'train' .* prepare the data"):
         missing[3]
     with pytest.raises(IndexError):
         missing[6]

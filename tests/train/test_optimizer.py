@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from mtl_jax.train import adamw
 
@@ -29,3 +30,18 @@ def test_only_weights_decay():
         state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
     )
     assert rate == np.float32(0.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("learning_rate", -1e-3, "at least 0"),
+        ("warmup_fraction", 1.5, "at least 0 and at most 1"),
+        ("b2", -0.1, "at least 0 and at most 1"),
+        ("max_norm", -1.0, "at least 0"),
+        ("eps", float("nan"), "at least 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(field, value, remedy):
+    with pytest.raises(ValueError, match=f"optimizer.{field} is {value}; .*{remedy}$"):
+        adamw(num_steps=10, **{field: value})

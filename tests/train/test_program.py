@@ -275,3 +275,17 @@ def test_memory_of_rows_is_sharded_like_the_parameters():
     state, metrics = step(state, program.place(next(batches)))
     assert np.isfinite(float(metrics["all/loss"]))
     assert jax.tree.map(lambda leaf: leaf.sharding, state.aggregator_state) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "expected"),
+    [
+        (optim.db_mtl, {"num_routers": None, "gradients_at": "features"}, "remembered"),
+        (optim.modo, {}, "second is missing"),
+    ],
+)
+def test_what_an_aggregator_cannot_work_on_is_found_before_compiling(
+    method, fields, expected
+):
+    with pytest.raises(ValueError, match=f"^aggregator: .*{expected}"):
+        build_program(experiment(aggregator=method, **fields))

@@ -72,6 +72,10 @@ def test_a_good_experiment_passes():
         ),
         ({"sharpness": 0.05}, "sharpness is a float; use fdl.Partial"),
         ({"aggregator": optim.sum(4)}, "aggregator cannot be called with num_tasks"),
+        (
+            {"aggregator": functools.partial(optax.clip, 1.0)},
+            "cannot be called with num_tasks .* clipping and the like belong behind it",
+        ),
         ({"optimizer": optax.adam(1e-3)}, "optimizer cannot be called with num_steps"),
         (
             {"optimizer": functools.partial(optax.adam, 1e-3)},

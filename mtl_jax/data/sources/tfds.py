@@ -74,7 +74,7 @@ class Tfds:
         except Exception as error:
             # A damaged file raises a different error for each place of the damage.
             reason = (str(error).splitlines() or [repr(error)])[0]
-            raise ValueError(
+            raise OSError(
                 f"record {index} of split {self.split!r} of the data set {self.name!r} "
                 f"cannot be read ({reason}); prepare the data set again"
             ) from error
