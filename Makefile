@@ -9,24 +9,22 @@ PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROCESSES := auto
-# tests/conftest.py puts the files that take longest first.
-PARALLEL = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 export NO_MKDOCS_2_WARNING := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test test-slow docs clean
+.PHONY: help demo test docs clean
 
 help:
-	@echo "make demo        train the main job on data that ships with the project"
-	@echo "make test        check and test everything but what takes minutes"
-	@echo "make test-slow   run the tests that take minutes"
-	@echo "make docs        build the documentation in site/"
-	@echo "make clean       remove .venv and what was built"
+	@echo "make demo    train the main job on data that ships with the project"
+	@echo "make test    check and test everything"
+	@echo "make docs    build the documentation in site/"
+	@echo "make clean   remove .venv and what was built"
 
 demo: $(BIN)/.run
 	$(BIN)/python run.py train earth_digits --workdir runs/earth_digits
 
+# In the last line: tests/conftest.py puts the files that take longest first.
 test: $(BIN)/.test
 	tools/ensure_browser.sh
 	$(BIN)/ruff check
@@ -34,10 +32,7 @@ test: $(BIN)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --strict
-	$(BIN)/pytest $(PARALLEL)
-
-test-slow: $(BIN)/.test
-	$(BIN)/pytest $(PARALLEL) -m slow
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 docs: $(BIN)/.test
 	$(BIN)/mkdocs build --strict

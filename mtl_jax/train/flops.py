@@ -42,9 +42,10 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         return max(_count(branch.jaxpr) for branch in parameters["branches"])
     repeats = parameters["length"] if name == "scan" else 1
     if name == "shard_map":
-        repeats = math.prod(
-            parameters["mesh"].shape[axis] for axis in parameters["manual_axes"]
-        )
+        # JAX 0.10 says manual_axes, later releases newly_manual_axes.
+        names = ("newly_manual_axes", "manual_axes")
+        axes = next(parameters[name] for name in names if name in parameters)
+        repeats = math.prod(parameters["mesh"].shape[axis] for axis in axes)
     return repeats * sum(_count(inner) for inner in _inner(parameters))
 
 

@@ -332,7 +332,6 @@ def test_page():
     assert "12 minutes of one CPU core for 18 runs, of which 6 went" in text
 
 
-@pytest.mark.slow
 def test_every_method_makes_gradients(problem, params):
     methods = module("methods")
     batch = problem.splits["train"]
@@ -348,7 +347,6 @@ def test_every_method_makes_gradients(problem, params):
         assert found == expected, name
 
 
-@pytest.mark.slow
 def test_problems():
     problems = module("small_problems")
     for make in (problems.multi_mnist, problems.earth_tiles):

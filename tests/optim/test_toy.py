@@ -84,20 +84,17 @@ def test_end_from_the_bowl(method, end, tolerance):
 # changes later points by a tenth and more: only what does not depend on it is asserted.
 
 
-@pytest.mark.slow
 def test_mean_stops_between_the_walls():
     found = ends("sum", toy.STARTS[::2])
     np.testing.assert_allclose(found, [(-5.02, 2.79), (5.01, 3.12)], rtol=0, atol=0.06)
 
 
-@pytest.mark.slow
 def test_mgda_gets_to_the_pareto_set():
     found = ends("mgda", toy.STARTS[::2])
     expected = [(-3.32, -8.374), (3.33, -8.374)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pcgrad", "cagrad, c = 0.5"])
 def test_others_are_still_on_their_way(method):
     found = ends(method, toy.STARTS[::2])
