@@ -1,7 +1,5 @@
 """Optax chains with a schedule over a run of known length."""
 
-import math
-
 import jax
 import optax
 
@@ -37,19 +35,26 @@ def adamw(
     Raises:
       ValueError: If a number is out of its range.
     """
-    for name, value, least, most in (
-        ("learning_rate", learning_rate, 0, math.inf),
-        ("warmup_fraction", warmup_fraction, 0, 1),
-        ("weight_decay", weight_decay, 0, math.inf),
-        ("b2", b2, 0, 1),
-        ("eps", eps, 0, math.inf),
-        ("max_norm", 1.0 if max_norm is None else max_norm, 0, math.inf),
+    for name, value, holds, bounds in (
+        ("learning_rate", learning_rate, learning_rate >= 0, "at least 0"),
+        (
+            "warmup_fraction",
+            warmup_fraction,
+            0 <= warmup_fraction <= 1,
+            "at least 0 and at most 1",
+        ),
+        ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+        ("b2", b2, 0 <= b2 < 1, "at least 0 and less than 1"),
+        ("eps", eps, eps > 0, "greater than 0"),
+        (
+            "max_norm",
+            max_norm,
+            max_norm is None or max_norm > 0,
+            "greater than 0, or None",
+        ),
     ):
-        if not least <= value <= most:
-            upper = "" if most == math.inf else f" and at most {most}"
-            raise ValueError(
-                f"optimizer.{name} is {value}; it must be at least {least}{upper}"
-            )
+        if not holds:
+            raise ValueError(f"optimizer.{name} is {value}; it must be {bounds}")
     warmup = max(1, round(warmup_fraction * num_steps))
     schedule = optax.schedules.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup, max(num_steps, warmup + 1)

@@ -165,12 +165,6 @@ def build_program(
     if isinstance(method, Balancer) and method.observe is not None:
         step = observing(step, objective, method)
 
-    trunk = jax.eval_shape(
-        lambda key: nn.unbox(experiment.model.init(key, experiment.inputs))["trunk"],
-        jax.random.key(0),
-    )
-    _check_update(aggregator, experiment, trunk)
-
     def init(key: jax.Array) -> TrainState:
         params_key, step_key = jax.random.split(key)
         params = experiment.model.init(params_key, experiment.inputs)
@@ -183,6 +177,7 @@ def build_program(
         )
 
     abstract_state = jax.eval_shape(init, jax.random.key(0))
+    _check_update(aggregator, experiment, nn.unbox(abstract_state.params["trunk"]))
     return Program(
         experiment,
         mesh,

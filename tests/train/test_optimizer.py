@@ -37,9 +37,10 @@ def test_only_weights_decay():
     [
         ("learning_rate", -1e-3, "at least 0"),
         ("warmup_fraction", 1.5, "at least 0 and at most 1"),
-        ("b2", -0.1, "at least 0 and at most 1"),
-        ("max_norm", -1.0, "at least 0"),
-        ("eps", float("nan"), "at least 0"),
+        ("b2", -0.1, "at least 0 and less than 1"),
+        ("b2", 1.0, "at least 0 and less than 1"),
+        ("max_norm", -1.0, "greater than 0, or None"),
+        ("eps", float("nan"), "greater than 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(field, value, remedy):
