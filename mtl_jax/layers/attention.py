@@ -12,15 +12,19 @@ from jaxtyping import Array, Float
 class SelfAttention(nn.Module):
     """Scaled dot-product attention of a sequence to itself (Vaswani et al., 2017).
 
-    Query, key and value have their own projections with biases; there is neither
-    normalisation nor residual inside.
+    Query, key and value have their own projections; there is neither normalisation
+    nor residual inside.
 
     Attributes:
       num_heads: Number of heads; it must divide the width of the input.
+      qkv_bias: Whether the projections to query, key and value have a bias.
+      output_bias: Whether the projection of the attended values has one.
       dtype: Dtype of the computation and the output; parameters are float32.
     """
 
     num_heads: int
+    qkv_bias: bool = True
+    output_bias: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -43,6 +47,7 @@ class SelfAttention(nn.Module):
         project = functools.partial(
             nn.DenseGeneral,
             features=(self.num_heads, width // self.num_heads),
+            use_bias=self.qkv_bias,
             dtype=self.dtype,
             kernel_init=nn.with_logical_partitioning(
                 kernel_init, ("embed", "heads", "kv")
@@ -58,6 +63,7 @@ class SelfAttention(nn.Module):
         merge = nn.DenseGeneral(
             width,
             axis=(-2, -1),
+            use_bias=self.output_bias,
             dtype=self.dtype,
             kernel_init=nn.with_logical_partitioning(
                 kernel_init, ("heads", "kv", "embed")

@@ -97,32 +97,108 @@ def to_pixels(images: Array, num_channels: int) -> Float[Array, "batch h w chann
     return jnp.broadcast_to(images, (*images.shape[:-1], num_channels))
 
 
+def _cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """What each of ``new`` points in a row takes from ``old`` ones, all equally spaced.
+
+    Keys' cubic convolution (1981) with a = -0.75; points beyond the border are as the
+    nearest one within.
+    """
+    a = -0.75
+    centres = (np.arange(new) + 0.5) * (old / new) - 0.5
+    taps = np.floor(centres)[:, None] + np.arange(-1, 3)
+    x = np.abs(centres[:, None] - taps)
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    weights = np.zeros((new, old))
+    taps = np.clip(taps, 0, old - 1).astype(int)
+    np.add.at(weights, (np.arange(new)[:, None], taps), np.where(x <= 1, near, far))
+    return weights.astype(np.float32)
+
+
+def resize_positions(
+    positions: Float[Array, "rows columns width"], rows: int, columns: int
+) -> Float[Array, "rows columns width"]:
+    """Learned position embeddings for a grid of another size, by bicubic interpolation.
+
+    It is what PyTorch's ``interpolate`` does with ``mode="bicubic"`` and neither
+    antialiasing nor aligned corners, by which ViT, DeiT, DINOv2 and CLIP take images of
+    other sizes in the transformers library.
+
+    Args:
+      positions: The embeddings of a grid.
+      rows: Height of the new grid.
+      columns: Its width.
+
+    Returns:
+      Those of the new grid; ``positions`` itself if the size is the same.
+    """
+    if positions.shape[:2] == (rows, columns):
+        return positions
+    return jnp.einsum(
+        "rh,hwd,cw->rcd",
+        _cubic_weights(positions.shape[0], rows),
+        positions,
+        _cubic_weights(positions.shape[1], columns),
+        precision="highest",
+    )
+
+
 class PatchEmbedding(nn.Module):
     """Embeds each patch linearly.
+
+    Pixels come in [-1, 1], which is what ``mean`` and ``std`` are by default. Trunks
+    that were trained on pixels normalised otherwise have theirs.
 
     Attributes:
       width: Channels of a token.
       patch_size: Side of a patch, in pixels.
+      use_bias: Whether the linear map has a bias.
+      mean: What is subtracted from pixels in [0, 1]: one number, or one a channel.
+      std: What they are divided by then.
       dtype: Type that is computed in.
     """
 
     width: int
     patch_size: int
+    use_bias: bool = True
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self, pixels: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch rows columns width"]:
-        """One token for each patch."""
+        """One token for each patch.
+
+        Raises:
+          ValueError: If ``mean`` or ``std`` do not fit the channels, or the patches do
+            not tile the images.
+        """
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) not in (1, pixels.shape[-1]):
+                raise ValueError(
+                    f"embedding.{name} is {values}; give one number, or one for each "
+                    f"of the {pixels.shape[-1]} channels"
+                )
+        # In units of pixels from -1 to 1.
+        shift, scale = 2 * np.asarray(self.mean) - 1, 2 * np.asarray(self.std)
+        if shift.any() or (scale != 1).any():
+            pixels = (pixels - _per_channel(shift)) / _per_channel(scale)
         return nn.Dense(
             self.width,
+            use_bias=self.use_bias,
             dtype=self.dtype,
             kernel_init=nn.with_logical_partitioning(
                 nn.initializers.lecun_normal(), (None, "embed")
             ),
             name="projection",
         )(patchify(pixels, self.patch_size).astype(self.dtype))
+
+
+def _per_channel(values: np.ndarray) -> Float[Array, "1 1 1 channels"]:
+    return jnp.asarray(values, jnp.float32)[None, None, None]
 
 
 def _neighbours(

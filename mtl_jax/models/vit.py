@@ -1,9 +1,12 @@
 """Vision transformers, dense or with sparse mixtures of experts."""
 
+import functools
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -11,6 +14,7 @@ from mtl_jax.layers.attention import SelfAttention
 from mtl_jax.layers.mlp import Mlp
 from mtl_jax.layers.patch import (
     PatchEmbedding,
+    resize_positions,
     sincos_position_embedding,
     to_pixels,
 )
@@ -24,6 +28,10 @@ class Block(nn.Module):
       hidden: Hidden width of the dense MLP.
       moe: Makes the mixture of experts that replaces the MLP, or None.
       num_tasks: Number of the mixture's routers, one a task; None for a shared one.
+      attention: Makes the attention layer.
+      mlp: Makes the dense MLP.
+      layer_scale: What the learned scale of each branch begins with; None for none.
+      norm_epsilon: Added to variances by layer norms.
       dtype: Type that is computed in.
     """
 
@@ -31,6 +39,10 @@ class Block(nn.Module):
     hidden: int
     moe: Callable[..., nn.Module] | None
     num_tasks: int | None
+    attention: Callable[..., nn.Module] = SelfAttention
+    mlp: Callable[..., nn.Module] = Mlp
+    layer_scale: float | None = None
+    norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -41,20 +53,41 @@ class Block(nn.Module):
         train: bool,
     ) -> Float[Array, "batch tokens width"]:
         """The block's output for the tokens of a batch."""
-        y = nn.LayerNorm(dtype=self.dtype, name="attention_norm")(x)
-        x = x + SelfAttention(self.num_heads, dtype=self.dtype, name="attention")(y)
-        y = nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
+        norm = functools.partial(
+            nn.LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype
+        )
+        y = norm(name="attention_norm")(x)
+        y = self.attention(self.num_heads, dtype=self.dtype, name="attention")(y)
+        x = x + self._scaled("attention_scale", y)
+        y = norm(name="mlp_norm")(x)
         if self.moe is None:
-            return x + Mlp(self.hidden, dtype=self.dtype, name="mlp")(y)
-        moe = self.moe(num_tasks=self.num_tasks, dtype=self.dtype, name="moe")
-        return x + moe(y, task, train=train)
+            y = self.mlp(self.hidden, dtype=self.dtype, name="mlp")(y)
+        else:
+            moe = self.moe(num_tasks=self.num_tasks, dtype=self.dtype, name="moe")
+            y = moe(y, task, train=train)
+        return x + self._scaled("mlp_scale", y)
+
+    def _scaled(
+        self, name: str, y: Float[Array, "batch tokens width"]
+    ) -> Float[Array, "batch tokens width"]:
+        """A branch times its learned scale (LayerScale; Touvron et al., 2021)."""
+        if self.layer_scale is None:
+            return y
+        initial = nn.initializers.constant(self.layer_scale)
+        scale = self.param(
+            name, nn.with_logical_partitioning(initial, ("embed",)), y.shape[-1:]
+        )
+        return y * jnp.asarray(scale, self.dtype)[None, None]
 
 
 class VisionTransformer(nn.Module):
     """A vision transformer trunk with token features for dense and global heads.
 
-    The architecture is that of Dosovitskiy et al. (2021) with fixed sine-cosine
-    positions and no class token, so that images of several sizes share one trunk.
+    The architecture is that of Dosovitskiy et al. (2021), by default with fixed
+    sine-cosine positions and no class token, so that images of several sizes share one
+    trunk. Its other fields are what published trunks have; `mtl_jax.models.pretrained`
+    knows which ones need what.
+
     With ``moe`` every second block (1, 3, ...) has a mixture of experts instead of
     its MLP, as in V-MoE (Riquelme et al., 2021) and M³ViT (Fan et al., 2022). With
     ``num_tasks`` each task has routers of its own over shared experts (M³ViT's
@@ -65,13 +98,32 @@ class VisionTransformer(nn.Module):
       depth: Number of blocks.
       num_heads: Attention heads.
       patch_size: Side of a patch, in pixels.
-      mlp_ratio: Hidden width of the dense MLPs, in units of ``width``.
+      mlp_ratio: Hidden width of the dense MLPs, in units of ``width``; rounded to a
+        whole number of hidden units.
       moe: Makes the mixture of experts of a block (such as a partial
         `mtl_jax.layers.moe.MoE`), or None for a dense trunk.
       num_tasks: Number of tasks, for a router a task; None for a trunk that all
         tasks share.
       num_channels: Channels of the widest image; grey images are repeated to it.
       embedding: Makes the module that embeds patches.
+      attention: Makes the attention layer of a block, such as a partial
+        `mtl_jax.layers.attention.SelfAttention`.
+      mlp: Makes the MLP of a dense block, such as a partial
+        `mtl_jax.layers.mlp.Mlp`, or `mtl_jax.layers.mlp.SwiGlu`.
+      layer_scale: What the learned scales of each block's two branches begin with;
+        None for blocks without (LayerScale; Touvron et al., 2021).
+      norm_epsilon: Added to variances by layer norms.
+      class_token: A learned token that sees all patches. Heads need a feature at each
+        position of the grid: ``"inside"`` keeps the token to the trunk, and
+        ``"appended"`` appends its feature to that of each position, which doubles the
+        channels; a head that takes the mean over positions then has both, and so has
+        one that predicts pixels.
+      num_registers: Further learned tokens, which stay inside (Darcet et al., 2024).
+      position_grid: Rows and columns of learned position embeddings, resized to the
+        grid of each image (`mtl_jax.layers.patch.resize_positions`); None for fixed
+        sine-cosine ones.
+      pre_norm: Whether a layer norm precedes the blocks, as in CLIP.
+      final_norm: Whether one follows them.
       remat: Whether to recompute each block in the backward pass.
       dtype: Type that is computed in.
     """
@@ -80,11 +132,20 @@ class VisionTransformer(nn.Module):
     depth: int = 12
     num_heads: int = 3
     patch_size: int = 16
-    mlp_ratio: int = 4
+    mlp_ratio: float = 4
     moe: Callable[..., nn.Module] | None = None
     num_tasks: int | None = None
     num_channels: int = 3
     embedding: Callable[..., nn.Module] = PatchEmbedding
+    attention: Callable[..., nn.Module] = SelfAttention
+    mlp: Callable[..., nn.Module] = Mlp
+    layer_scale: float | None = None
+    norm_epsilon: float = 1e-6
+    class_token: Literal["absent", "inside", "appended"] = "absent"
+    num_registers: int = 0
+    position_grid: tuple[int, int] | None = None
+    pre_norm: bool = False
+    final_norm: bool = True
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -95,7 +156,7 @@ class VisionTransformer(nn.Module):
         task: Int[Array, ""] | None = None,
         *,
         train: bool = False,
-    ) -> Float[Array, "batch rows columns width"]:
+    ) -> Float[Array, "batch rows columns features"]:
         """Token features of images.
 
         Args:
@@ -104,7 +165,8 @@ class VisionTransformer(nn.Module):
           train: Whether routers are noisy.
 
         Returns:
-          The features of each patch, in their grid.
+          The features of each patch, in their grid: ``width`` channels, or twice that
+          with an appended class token.
 
         Raises:
           ValueError: If the task is missing, or the sizes do not fit.
@@ -115,19 +177,75 @@ class VisionTransformer(nn.Module):
             self.width, self.patch_size, dtype=self.dtype, name="embedding"
         )(to_pixels(images, self.num_channels))
         batch, rows, columns, _ = x.shape
-        positions = sincos_position_embedding(rows, columns, self.width)
-        x = x + jnp.asarray(positions, self.dtype)[None]
+        x = x + jnp.asarray(self._positions(rows, columns), self.dtype)[None]
         x = x.reshape(batch, rows * columns, self.width)
+        extra = self._extra_tokens()
+        if len(extra):
+            tokens = jnp.asarray(extra, self.dtype)[None]
+            tokens = jnp.broadcast_to(tokens, (batch, *extra.shape))
+            x = jnp.concatenate([tokens, x], axis=1)
+        norm = functools.partial(
+            nn.LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype
+        )
+        if self.pre_norm:
+            x = norm(name="pre_norm")(x)
         # Whether to train (argument 3) decides what is traced: it stays a Python bool.
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for i in range(self.depth):
             x = block(
                 num_heads=self.num_heads,
-                hidden=self.mlp_ratio * self.width,
+                hidden=round(self.mlp_ratio * self.width),
                 moe=self.moe if i % 2 else None,
                 num_tasks=self.num_tasks,
+                attention=self.attention,
+                mlp=self.mlp,
+                layer_scale=self.layer_scale,
+                norm_epsilon=self.norm_epsilon,
                 dtype=self.dtype,
                 name=f"block_{i}",
             )(x, task, train)
-        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
-        return x.reshape(batch, rows, columns, self.width)
+        if self.final_norm:
+            x = norm(name="norm")(x)
+        patches = x[:, len(extra) :].reshape(batch, rows, columns, self.width)
+        if self.class_token != "appended":
+            return patches
+        classes = jnp.broadcast_to(x[:, :1, None], patches.shape)
+        return jnp.concatenate([patches, classes], axis=-1)
+
+    def _positions(
+        self, rows: int, columns: int
+    ) -> Float[Array | np.ndarray, "rows columns width"]:
+        """Position embeddings of a grid."""
+        if self.position_grid is None:
+            return sincos_position_embedding(rows, columns, self.width)
+        if min(self.position_grid) < 1:
+            raise ValueError(
+                f"position_grid is {self.position_grid}; it must be at least 1x1, or "
+                "None for sine-cosine positions"
+            )
+        return resize_positions(
+            self._learned("positions", (*self.position_grid, self.width)), rows, columns
+        )
+
+    def _extra_tokens(self) -> Float[Array, "tokens width"]:
+        """The tokens that stand for no patch: that of the class first."""
+        if self.class_token not in ("absent", "inside", "appended"):
+            raise ValueError(
+                f'class_token is {self.class_token!r}; use "absent", "inside" or '
+                '"appended"'
+            )
+        if self.num_registers < 0:
+            raise ValueError(
+                f"num_registers is {self.num_registers}; it must be at least 0"
+            )
+        tokens = [jnp.zeros((0, self.width))]
+        if self.class_token != "absent":
+            tokens.append(self._learned("class_token", (1, self.width)))
+        if self.num_registers:
+            tokens.append(self._learned("registers", (self.num_registers, self.width)))
+        return jnp.concatenate(tokens)
+
+    def _learned(self, name: str, shape: tuple[int, ...]) -> Array:
+        names = ("tokens",) + (None,) * (len(shape) - 2) + ("embed",)
+        initial = nn.with_logical_partitioning(nn.initializers.normal(0.02), names)
+        return self.param(name, initial, shape)  # type: ignore[return-value]

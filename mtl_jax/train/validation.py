@@ -310,7 +310,7 @@ def _check_sizes(
     """Checks those of the named fields that the module has; it may be the user's."""
     for name in names:
         value = getattr(module, name, None)
-        if isinstance(value, int) and not 1 <= value <= most:
+        if isinstance(value, int | float) and not 1 <= value <= most:
             raise ValueError(
                 f"{path}.{name} is {value}; it must be at least 1 and at most {most:,}"
             )

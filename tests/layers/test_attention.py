@@ -54,3 +54,22 @@ def test_logical_axes_and_dtypes():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="num_heads=4 does not divide the width 6"):
         SelfAttention(4).init(jax.random.key(0), jnp.ones((1, 2, 6)))
+
+
+@pytest.mark.parametrize(
+    ("field", "without"),
+    [("qkv_bias", {"query", "key", "value"}), ("output_bias", {"output"})],
+)
+def test_a_projection_without_bias_is_one_with_bias_zero(field, without):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    module = SelfAttention(3, **{field: False})
+    params = nn.unbox(module.init(jax.random.key(1), x))["params"]
+    assert {name for name, layer in params.items() if "bias" not in layer} == without
+    zeros = nn.unbox(SelfAttention(3).init(jax.random.key(1), x))["params"]
+    filled = {name: {**zeros[name], **layer} for name, layer in params.items()}
+    np.testing.assert_allclose(
+        module.apply({"params": params}, x),
+        attend(filled, np.float64(x)),
+        rtol=1e-5,
+        atol=1e-5,
+    )

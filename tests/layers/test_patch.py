@@ -8,6 +8,7 @@ from mtl_jax.layers.patch import (
     ConvolutionalStem,
     PatchEmbedding,
     patchify,
+    resize_positions,
     sincos_position_embedding,
     to_pixels,
     unpatchify,
@@ -70,6 +71,51 @@ def test_positions_need_a_multiple_of_four_channels(width):
         sincos_position_embedding(2, 2, width)
 
 
+def test_resized_positions_by_hand():
+    """Keys' kernel with a = -0.75 at distances 0.25, 0.75, 1.25 and 1.75.
+
+    They are 0.87890625, 0.26171875, -0.10546875 and -0.03515625. Between three points
+    and six, every new one lies a quarter to one side of an old one.
+    """
+    near, middle, far, farthest = 0.87890625, 0.26171875, -0.10546875, -0.03515625
+    old = np.array([1.0, 10.0, 100.0])
+    a, b, c = old
+    new = [
+        # Points beyond the border are as the one at the border.
+        farthest * a + middle * a + near * a + far * b,
+        far * a + near * a + middle * b + farthest * c,
+        farthest * a + middle * a + near * b + far * c,
+        far * a + near * b + middle * c + farthest * c,
+        farthest * a + middle * b + near * c + far * c,
+        far * b + near * c + middle * c + farthest * c,
+    ]
+    rows = resize_positions(jnp.array(old, jnp.float32).reshape(3, 1, 1), 6, 1)
+    np.testing.assert_allclose(rows.ravel(), new, rtol=1e-5)
+    columns = resize_positions(jnp.array(old, jnp.float32).reshape(1, 3, 1), 1, 6)
+    np.testing.assert_allclose(columns.ravel(), new, rtol=1e-5)
+
+
+def test_resized_positions_are_interpolated_along_either_axis_channel_by_channel():
+    rows, columns = (np.random.default_rng(0).normal(size=(n, 2)) for n in (3, 5))
+    product = jnp.array(rows[:, None] * columns[None], jnp.float32)
+
+    def resize(line, size):
+        line = jnp.array(line, jnp.float32)[:, None]
+        return np.asarray(resize_positions(line, size, 1))[:, 0]
+
+    np.testing.assert_allclose(
+        resize_positions(product, 4, 3),
+        resize(rows, 4)[:, None] * resize(columns, 3)[None],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_positions_of_the_same_grid_stay_the_same():
+    positions = jax.random.normal(jax.random.key(0), (3, 5, 2))
+    assert resize_positions(positions, 3, 5) is positions
+
+
 def test_bytes_become_floats_from_minus_one_to_one():
     images = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 1, 3)
     np.testing.assert_allclose(to_pixels(images, 3).ravel(), [-1, -0.6, 1], rtol=1e-6)
@@ -98,6 +144,39 @@ def test_a_linear_embedding_is_a_product_of_patches():
     kernel = np.asarray(params["projection"]["kernel"], np.float64)
     expected = patches @ kernel + np.arange(8)
     np.testing.assert_allclose(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_embedding_without_bias_has_none():
+    pixels = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    embedding = PatchEmbedding(width=8, patch_size=2, use_bias=False)
+    params = nn.unbox(embedding.init(jax.random.key(1), pixels))["params"]
+    assert set(params["projection"]) == {"kernel"}
+    assert embedding.apply({"params": params}, jnp.zeros((1, 2, 2, 3))).tolist() == [
+        [[[0.0] * 8]]
+    ]
+
+
+def test_pixels_are_normalised_as_published():
+    levels = np.random.default_rng(0).uniform(size=(2, 4, 4, 3))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    plain = PatchEmbedding(width=5, patch_size=2)
+    normalised = PatchEmbedding(width=5, patch_size=2, mean=mean, std=std)
+    pixels = jnp.array(2 * levels - 1, jnp.float32)
+    variables = nn.unbox(plain.init(jax.random.key(1), pixels))
+    expected = jnp.array((levels - mean) / std, jnp.float32)
+    np.testing.assert_allclose(
+        normalised.apply(variables, pixels),
+        plain.apply(variables, expected),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_a_mean_and_a_deviation_are_for_all_channels_or_for_each(field):
+    embedding = PatchEmbedding(width=5, patch_size=2, **{field: (0.5, 0.4)})
+    with pytest.raises(ValueError, match=f"embedding.{field} is .*3 channels"):
+        embedding.init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))
 
 
 def convolution(x, kernel, bias):

@@ -5,8 +5,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64_vit import (
+    ACTIVATIONS,
+    attention,
+    dense,
+    float64,
+    layer_norm,
+    patches,
+)
 
+from mtl_jax.layers.attention import SelfAttention
+from mtl_jax.layers.mlp import Mlp, SwiGlu, exact_gelu, quick_gelu
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.patch import (
+    PatchEmbedding,
+    resize_positions,
+    sincos_position_embedding,
+)
 from mtl_jax.models import VisionTransformer
 
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 8, 12, 3), minval=-1)
@@ -168,3 +183,139 @@ def test_computing_in_bfloat16_keeps_float32_parameters():
     # Eight bits of mantissa; a token that changes its expert differs by more, hence
     # the median.
     assert np.median(np.abs(narrow.astype(jnp.float32) - wide)) < 0.05
+
+
+PUBLISHED = {
+    "plain": TRUNK(),
+    "class token and positions": TRUNK(
+        class_token="appended",
+        position_grid=(2, 3),
+        mlp=functools.partial(Mlp, activation=exact_gelu),
+        norm_epsilon=1e-3,
+        mlp_ratio=2.4,
+    ),
+    "norm before the blocks, quick": TRUNK(
+        class_token="inside",
+        position_grid=(2, 3),
+        embedding=functools.partial(
+            PatchEmbedding, use_bias=False, mean=(0.4,), std=(0.3, 0.2, 0.1)
+        ),
+        mlp=functools.partial(Mlp, activation=quick_gelu),
+        pre_norm=True,
+    ),
+    "registers, scales and gates": TRUNK(
+        class_token="inside",
+        num_registers=2,
+        position_grid=(2, 3),
+        layer_scale=0.5,
+        mlp=SwiGlu,
+    ),
+    "no biases, no last norm": TRUNK(
+        num_registers=1,
+        attention=functools.partial(SelfAttention, qkv_bias=False, output_bias=False),
+        final_norm=False,
+    ),
+}
+
+
+def published_parameters(trunk):
+    params = nn.unbox(trunk.init(jax.random.key(0), IMAGES))["params"]
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return structure.unflatten(
+        0.5 * jax.random.normal(key, leaf.shape)
+        for key, leaf in zip(keys, leaves, strict=True)
+    )
+
+
+def oracle(trunk, params, image):
+    """All tokens of one image after the trunk, in float64."""
+    embedding = getattr(trunk.embedding, "keywords", {})
+    mean, std = (np.array(embedding.get(name, (0.5,))) for name in ("mean", "std"))
+    x = patches(((image + 1) / 2 - mean) / std, trunk.patch_size)
+    x = dense(x, params["embedding"]["projection"])
+    if trunk.position_grid:
+        x = x + params["positions"].reshape(x.shape)
+    else:
+        positions = sincos_position_embedding(2, 3, trunk.width)
+        x = x + positions.reshape(x.shape)
+    extra = [params[name] for name in ("class_token", "registers") if name in params]
+    x = np.concatenate([*extra, x])
+    norm = functools.partial(layer_norm, epsilon=trunk.norm_epsilon)
+    if trunk.pre_norm:
+        x = norm(x, params["pre_norm"])
+    for i in range(trunk.depth):
+        block = params[f"block_{i}"]
+        y = attention(norm(x, block["attention_norm"]), **block["attention"])
+        x = x + y * block.get("attention_scale", 1.0)
+        y = norm(x, block["mlp_norm"])
+        mlp = block["mlp"]
+        if trunk.mlp is SwiGlu:
+            gate = dense(y, mlp["gate"])
+            y = dense(gate / (1 + np.exp(-gate)) * dense(y, mlp["up"]), mlp["down"])
+        else:
+            activation = {exact_gelu: "exact", quick_gelu: "quick"}.get(
+                getattr(trunk.mlp, "keywords", {}).get("activation"), "tanh"
+            )
+            y = dense(ACTIVATIONS[activation](dense(y, mlp["up"])), mlp["down"])
+        x = x + y * block.get("mlp_scale", 1.0)
+    return norm(x, params["norm"]) if trunk.final_norm else x
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_what_published_trunks_have_against_float64(kind):
+    trunk = PUBLISHED[kind]
+    params = published_parameters(trunk)
+    actual = np.asarray(trunk.apply({"params": params}, IMAGES))
+    for image, features in zip(np.asarray(IMAGES), actual, strict=True):
+        expected = oracle(trunk, float64(params), np.float64(image))
+        grid = expected[-6:].reshape(2, 3, 8)
+        np.testing.assert_allclose(features[..., :8], grid, rtol=1e-4, atol=2e-5)
+        if trunk.class_token == "appended":
+            tokens = features[..., 8:].reshape(6, 8)
+            np.testing.assert_allclose(
+                tokens, np.tile(expected[0], (6, 1)), rtol=1e-4, atol=2e-5
+            )
+        else:
+            assert features.shape == grid.shape
+
+
+def test_learned_positions_serve_images_of_other_sizes():
+    trunk = PUBLISHED["class token and positions"].clone(position_grid=(3, 2))
+    params = published_parameters(trunk)
+    output = trunk.apply({"params": params}, IMAGES)
+    # As if they had been resized once and for all.
+    resized = resize_positions(params["positions"], 2, 3)
+    fitted = trunk.clone(position_grid=(2, 3))
+    expected = fitted.apply({"params": params | {"positions": resized}}, IMAGES)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_hidden_units_are_a_ratio_of_the_width_rounded():
+    trunk = PUBLISHED["class token and positions"]
+    block = published_parameters(trunk)["block_0"]
+    assert block["mlp"]["up"]["kernel"].shape == (8, 19)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("class_token", True, "class_token is True; use"),
+        ("num_registers", -1, "num_registers is -1; it must be at least 0"),
+        ("position_grid", (0, 3), "position_grid is .0, 3.; it must be at least 1x1"),
+    ],
+)
+def test_fields_of_published_trunks_are_checked(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TRUNK(**{field: value}).init(jax.random.key(0), IMAGES)
+
+
+def test_what_is_learned_at_tokens_has_logical_axes():
+    trunk = PUBLISHED["registers, scales and gates"]
+    params = trunk.init(jax.random.key(0), IMAGES)["params"]
+    assert params["positions"].names == ("tokens", None, "embed")
+    assert params["class_token"].names == ("tokens", "embed")
+    assert params["registers"].names == ("tokens", "embed")
+    scale = params["block_1"]["mlp_scale"]
+    assert scale.names == ("embed",)
+    assert scale.value.tolist() == [0.5] * 8
