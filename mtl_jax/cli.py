@@ -127,6 +127,9 @@ def _train(options: argparse.Namespace) -> None:
         for source, share in shares.items():
             document["fields"][f"mixture.examples_per_batch.{source}"] = share
         workdir = options.workdir or Path("runs") / name.replace(":", "-")
+        initialize = experiment.initialize
+        if initialize is not None and not (workdir / "config.json").exists():
+            train.check_initialize(initialize, program.abstract_params())
         # Made only now: a mistake leaves no folder behind.
         folder = train.RunFolder(workdir)
         saved = folder.read_json("config.json")

@@ -1,6 +1,7 @@
 """Training: objective, task gradients, step, loop, checkpoints, evaluation."""
 
 from mtl_jax.train.experiment import Experiment, MeshShape
+from mtl_jax.train.initialize import check_initialize
 from mtl_jax.train.loop import evaluate_run, train
 from mtl_jax.train.optimizer import adamw
 from mtl_jax.train.program import Program, build_program
@@ -15,6 +16,7 @@ __all__ = [
     "RunFolderError",
     "adamw",
     "build_program",
+    "check_initialize",
     "evaluate_run",
     "train",
     "validate",

@@ -55,6 +55,11 @@ class Experiment:
         have no use for it.
       sharpness: Wraps the gradient function, such as a partial
         `mtl_jax.optim.sharpness_aware`; None for plain gradients.
+      initialize: From fresh parameters ``{"trunk": ..., "heads": ...}`` to those that
+        the run starts from, of the same shapes and types, such as a partial
+        `mtl_jax.models.pretrained.warm_start`; None for the fresh ones. It is called
+        with arrays, on the devices, once a run, and not where a run continues from a
+        checkpoint; and before that, to check it, under `jax.eval_shape`.
       mesh: Shape of the device mesh.
       rules: Which mesh axes each logical axis of the parameters is sharded over.
       seed: Seed of parameters, data order and every other random choice.
@@ -74,6 +79,7 @@ class Experiment:
     num_steps: int
     gradients_at: Literal["params", "features"] = "params"
     sharpness: Callable | None = None
+    initialize: Callable | None = None
     mesh: MeshShape = MeshShape()
     rules: Rules = Rules()  # noqa: RUF009, as it is frozen
     seed: int = 0

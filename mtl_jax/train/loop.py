@@ -125,7 +125,7 @@ def evaluate_run(
             raise RunFolderError(
                 f"{directory} has no checkpoint {step}; it has {steps}"
             )
-        state = checkpoints.restore_state(chosen, program.init_state())
+        state = checkpoints.restore_state(chosen, program.fresh_state())
     finally:
         checkpoints.close()
     scores = _evaluation(program)(state.params, None)
@@ -146,10 +146,10 @@ def _start_or_continue(
     folder.truncate(METRICS, latest or 0)
     lines = folder.truncate(TIMINGS, latest or 0)
     timings = Timings(lines, experiment.mixture.batch_size, started)
-    state = program.init_state()
-    if latest is not None:
-        state = checkpoints.restore_state(latest, state)
-        checkpoints.restore_data(latest, batches)
+    if latest is None:
+        return program.init_state(), batches, timings
+    state = checkpoints.restore_state(latest, program.fresh_state())
+    checkpoints.restore_data(latest, batches)
     return state, batches, timings
 
 

@@ -24,6 +24,7 @@ from mtl_jax.train.gradients import (
     at_params,
     balanced,
 )
+from mtl_jax.train.initialize import initialized
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Step, make_train_step, observing
@@ -37,7 +38,8 @@ class Program:
       experiment: What is run.
       mesh: The devices.
       objective: The losses of the tasks on the sources that are trained on.
-      init: Function of a key to the initial state with boxed parameters.
+      init: Function of a key to a state of fresh parameters, which are boxed; or of a
+        key and parameters to a state of those.
       step: Pure training step, not jitted.
       abstract_state: Shapes and logical axes of the state, boxed.
       state_shardings: Sharding of every leaf of the (unboxed) state.
@@ -47,7 +49,7 @@ class Program:
     experiment: Experiment
     mesh: Mesh
     objective: Objective
-    init: Callable[[jax.Array], TrainState]
+    init: Callable[..., TrainState]
     step: Step
     abstract_state: TrainState
     state_shardings: TrainState
@@ -87,12 +89,31 @@ class Program:
         """Context in which the program is traced: its mesh."""
         return jax.set_mesh(self.mesh)
 
-    def init_state(self) -> TrainState:
-        """The initial state, every array created where it belongs."""
+    def abstract_params(self) -> Any:
+        """Shapes and types of the parameters, unboxed."""
+        return nn.unbox(self.abstract_state.params)
+
+    def fresh_state(self) -> TrainState:
+        """A state of fresh parameters, every array created where it belongs."""
         init = jax.jit(
             lambda key: nn.unbox(self.init(key)), out_shardings=self.state_shardings
         )
         return init(jax.random.key(self.experiment.seed))
+
+    def init_state(self) -> TrainState:
+        """The state that a run starts from: fresh, unless ``initialize`` changes it."""
+        initialize = self.experiment.initialize
+        if initialize is None:
+            return self.fresh_state()
+        params = initialized(
+            initialize, self.fresh_state().params, self.state_shardings.params
+        )
+        # What optimizers and aggregators keep may depend on the parameters.
+        init = jax.jit(
+            lambda *arguments: nn.unbox(self.init(*arguments)),
+            out_shardings=self.state_shardings,
+        )
+        return init(jax.random.key(self.experiment.seed), params)
 
     def compile_step(self) -> tuple[Callable, int]:
         """The compiled step ``(state, batch) -> (state, metrics)`` and its FLOPs.
@@ -165,9 +186,10 @@ def build_program(
     if isinstance(method, Balancer) and method.observe is not None:
         step = observing(step, objective, method)
 
-    def init(key: jax.Array) -> TrainState:
+    def init(key: jax.Array, params: Any = None) -> TrainState:
         params_key, step_key = jax.random.split(key)
-        params = experiment.model.init(params_key, experiment.inputs)
+        if params is None:
+            params = experiment.model.init(params_key, experiment.inputs)
         return TrainState(
             jnp.int32(0),
             params,

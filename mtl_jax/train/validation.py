@@ -358,11 +358,13 @@ def _check_factories(experiment: Experiment) -> None:
                 f"optimizer makes a {type(made).__name__}; it must make an "
                 "optax.GradientTransformation"
             )
-    if experiment.sharpness is not None and not callable(experiment.sharpness):
-        raise ValueError(
-            f"sharpness is a {type(experiment.sharpness).__name__}; use fdl.Partial of "
-            "a function, or None"
-        )
+    for name in ("sharpness", "initialize"):
+        value = getattr(experiment, name)
+        if value is not None and not callable(value):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}; use fdl.Partial of a function, "
+                "or None"
+            )
 
 
 def _check_heads(experiment: Experiment) -> None:

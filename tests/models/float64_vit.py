@@ -33,7 +33,7 @@ def dense(x, layer):
 
 
 def attention(x, query, key, value, output):
-    """Of ``[tokens, width]``; kernels are ``[width, head, kv]``, reversed at the end."""
+    """Of ``[tokens, width]``; kernels are ``[width, head, kv]``, the last reversed."""
     mixed = np.zeros(x.shape)
     for head in range(query["kernel"].shape[1]):
         q, k, v = (

@@ -71,6 +71,7 @@ def test_a_good_experiment_passes():
             r"mixture\.components\.tiles\.train is \[\]; it must be a Source",
         ),
         ({"sharpness": 0.05}, "sharpness is a float; use fdl.Partial"),
+        ({"initialize": "a.npz"}, "initialize is a str; use fdl.Partial"),
         ({"aggregator": optim.sum(4)}, "aggregator cannot be called with num_tasks"),
         (
             {"aggregator": functools.partial(optax.clip, 1.0)},
