@@ -76,14 +76,15 @@ class Program:
                 [(0, component.train[0])],
                 component.input_field,
                 {task: fields[task] for task in component.tasks},
-                share,
             )
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=self.batch_sharding
-            ),
-            batch,
-        )
+            # One record is read, however many a batch for thousands of devices has.
+            batch[name] = jax.tree.map(
+                lambda x, share=share: jax.ShapeDtypeStruct(
+                    (share, *x.shape[1:]), x.dtype, sharding=self.batch_sharding
+                ),
+                batch[name],
+            )
+        return batch
 
     def scope(self):
         """Context in which the program is traced: its mesh."""

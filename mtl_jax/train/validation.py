@@ -23,11 +23,13 @@ from mtl_jax.tasks.task import Task
 from mtl_jax.train.experiment import Experiment, MeshShape
 
 
-def validate(experiment: Experiment) -> None:
+def validate(experiment: Experiment, *, runs_here: bool = True) -> None:
     """Checks what can be checked without device time.
 
     Args:
       experiment: What is to be run.
+      runs_here: Whether on this machine, whose memory must then hold a batch and whose
+        devices the parameters.
 
     Raises:
       ValueError: If a field does not fit the others; the message names the field,
@@ -38,10 +40,12 @@ def validate(experiment: Experiment) -> None:
     _check_names(experiment)
     _check_labels(experiment)
     _check_records(experiment)
+    if runs_here:
+        _check_host_memory(experiment)
     check_rules(experiment.rules, AXES)
     _check_trunk(experiment)
     _check_factories(experiment)
-    _check_heads(experiment)
+    _check_heads(experiment, runs_here)
 
 
 def _check_kinds(experiment: Experiment) -> None:
@@ -161,12 +165,8 @@ def _check_labels(experiment: Experiment) -> None:
 
 def _check_records(experiment: Experiment) -> None:
     """Reads a record of each split: damage shows here rather than at a later step."""
-    fields = {task.name: task.field for task in experiment.tasks}
-    smallest = []
     for source, component in experiment.mixture.components.items():
-        readers = {component.input_field: "the input"} | {
-            fields[task]: f"task {task!r}" for task in component.tasks
-        }
+        readers = _readers(experiment, component)
         for split, records in (("train", component.train), ("test", component.test)):
             where = f"the {split} split of source {source!r}"
             if len(records) == 0:
@@ -196,7 +196,21 @@ def _check_records(experiment: Experiment) -> None:
                 "height, width and channels"
             )
         _check_augment(source, component, readers)
-        sizes = (component.train.fields[field] for field in readers)
+
+
+def _readers(experiment: Experiment, component: Component) -> dict[str, str]:
+    """Field of a source's records -> what reads it."""
+    fields = {task.name: task.field for task in experiment.tasks}
+    return {component.input_field: "the input"} | {
+        fields[task]: f"task {task!r}" for task in component.tasks
+    }
+
+
+def _check_host_memory(experiment: Experiment) -> None:
+    smallest = []
+    for component in experiment.mixture.components.values():
+        read = _readers(experiment, component)
+        sizes = (component.train.fields[field] for field in read)
         smallest.append(
             sum(math.prod(f.shape) * np.dtype(f.dtype).itemsize for f in sizes)
         )
@@ -367,7 +381,7 @@ def _check_factories(experiment: Experiment) -> None:
             )
 
 
-def _check_heads(experiment: Experiment) -> None:
+def _check_heads(experiment: Experiment, runs_here: bool) -> None:
     """Compares the shape of every prediction with the labels it is to be judged by."""
     model, key = experiment.model, jax.random.key(0)
     try:
@@ -381,7 +395,7 @@ def _check_heads(experiment: Experiment) -> None:
         ) from error
     leaves = jax.tree.leaves(params)
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    if needed > _device_memory():
+    if runs_here and needed > _device_memory():
         raise ValueError(
             f"the model has {sum(leaf.size for leaf in leaves):,} parameters, which "
             f"take {needed / 1e9:,.0f} GB, but the devices have "
