@@ -69,6 +69,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_options(show)
     show.set_defaults(command=_show)
 
+    compile_ = commands.add_parser(
+        "compile", help="compile a config's step for TPUs that are not there"
+    )
+    _add_config_options(compile_)
+    compile_.add_argument(
+        "--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:8x8x16"
+    )
+    compile_.add_argument(
+        "--quick", action="store_true", help="compile four times as fast, less well"
+    )
+    compile_.add_argument(
+        "--output", type=Path, help="JSON file (runs/compile/CONFIG-TOPOLOGY.json)"
+    )
+    compile_.set_defaults(command=_compile)
+
     compare = commands.add_parser("compare", help="compare finished runs by delta-m")
     compare.add_argument("runs", type=Path, nargs="+", metavar="DIR")
     compare.add_argument("--output", type=Path, default=Path("comparison.html"))
@@ -200,6 +215,30 @@ def _show(options: argparse.Namespace) -> None:
         program.abstract_state.params, program.mesh, experiment.rules
     )
     print(sharding.format_report(rows))
+
+
+def _compile(options: argparse.Namespace) -> None:
+    from mtl_jax import scaling
+
+    with _user_errors():
+        if options.devices is not None:
+            raise ValueError("compile takes its devices from --topology, not --devices")
+        scaling.prepare_environment()
+        configuration, config = _load(options)
+        topology = scaling.make_topology(options.topology)
+        name = configuration.full_name(options.config)
+        from mtl_jax import train
+
+        experiment = configuration.build(config)
+        train.validate(experiment, runs_here=False)
+        estimate = scaling.estimate(
+            experiment, topology, optimized=not options.quick
+        )
+        print(scaling.format_estimate(estimate))
+        stem = f"{name}-{topology.name}".replace(":", "-")
+        output = options.output or Path("runs/compile") / f"{stem}.json"
+        scaling.write_estimate(estimate, output, name)
+        print(f"\nsaved: {output}")
 
 
 def _compare(options: argparse.Namespace) -> None:
