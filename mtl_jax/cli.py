@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="compile four times as fast, less well"
     )
     compile_.add_argument(
+        "--search", action="store_true", help="find the batch and remat that fit best"
+    )
+    compile_.add_argument(
         "--output", type=Path, help="JSON file (runs/compile/CONFIG-TOPOLOGY.json)"
     )
     compile_.set_defaults(command=_compile)
@@ -231,9 +234,8 @@ def _compile(options: argparse.Namespace) -> None:
 
         experiment = configuration.build(config)
         train.validate(experiment, runs_here=False)
-        estimate = scaling.estimate(
-            experiment, topology, optimized=not options.quick
-        )
+        make = scaling.search if options.search else scaling.estimate
+        estimate = make(experiment, topology, optimized=not options.quick)
         print(scaling.format_estimate(estimate))
         stem = f"{name}-{topology.name}".replace(":", "-")
         output = options.output or Path("runs/compile") / f"{stem}.json"

@@ -163,7 +163,7 @@ def _mesh_group(text: str, num_devices: int) -> Int[np.ndarray, " devices"]:
         iota = ids[1].startswith("[")
         devices = _iota(ids[1])[1] if iota else np.array(_numbers(ids[1]))
     devices = devices.reshape(tuple(sizes.values()))
-    # Every axis in three: what is before the part that counts, the part, what is behind.
+    # Every axis in three: before the part that counts, the part, and behind it.
     chosen = {
         name: (int(before or 1), int(size or sizes[name]))
         for name, before, size in re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", match[3])

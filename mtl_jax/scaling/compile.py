@@ -1,4 +1,4 @@
-"""Compiles the training step of an experiment for a slice, and says what it will cost."""
+"""Compiles a training step for a slice, and says what the step will cost."""
 
 import contextlib
 import dataclasses
@@ -18,6 +18,10 @@ from mtl_jax.scaling.traffic import memory_bytes
 from mtl_jax.train import Experiment, build_program
 from mtl_jax.train.flops import count_flops
 from mtl_jax.train.program import Program, count_parameters
+
+
+class OutOfMemoryError(ValueError):
+    """The step needs more memory than a chip has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Estimate:
       chips: Its chips.
       mesh: Axis name -> size; the devices may be more than the chips.
       batch_size: Examples of a batch.
+      remat: Whether the trunk recomputes its blocks in the backward pass.
       total_parameters: Parameters.
       active_parameters: Those that one task's example uses.
       bytes: Memory of one chip.
@@ -87,6 +92,7 @@ class Estimate:
     chips: int
     mesh: dict[str, int]
     batch_size: int
+    remat: bool
     total_parameters: int
     active_parameters: int
     bytes: Bytes
@@ -127,8 +133,8 @@ def estimate(
         traffic goes through the memory.
 
     Raises:
-      ValueError: If mesh, batch and slice do not fit, or the step needs more memory
-        than a chip has.
+      ValueError: If mesh, batch and slice do not fit.
+      OutOfMemoryError: If the step needs more memory than a chip has.
     """
     program = build_program(experiment, topology.devices)
     with _optimization(optimized), _out_of_memory(topology):
@@ -142,6 +148,7 @@ def estimate(
         chips=topology.num_chips,
         mesh=dict(program.mesh.shape),
         batch_size=experiment.mixture.batch_size,
+        remat=getattr(experiment.trunk, "remat", False),
         total_parameters=total,
         active_parameters=active,
         bytes=_bytes(program, compiled.memory_analysis(), topology),
@@ -179,7 +186,7 @@ def _out_of_memory(topology: Topology) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(
+        raise OutOfMemoryError(
             f"the step does not fit on {topology.name}: {_excess(str(error))}; make "
             "mixture.batch_size smaller, set trunk.remat=True, or spread parameters "
             "and experts over more chips by mesh.fsdp and mesh.expert"

@@ -266,7 +266,7 @@ def trip_count(
 def _comparison(
     module: Module, condition: Mapping[str, Instruction]
 ) -> tuple[int, int, bool] | None:
-    """Index of the counter in the loop's state, its limit, and whether it stays below."""
+    """Index of the counter in the loop's state, its limit, whether it stays below."""
     root = next(i for i in condition.values() if i.is_root)
     outer: Mapping[str, Instruction] = condition
     inner, arguments = condition, {}

@@ -28,7 +28,8 @@ def format_estimate(estimate: Estimate) -> str:
         f"{estimate.total_parameters:,} parameters, {estimate.active_parameters:,} "
         "active for one task's example",
         f"batch of {estimate.batch_size:,} examples, "
-        f"{estimate.batch_size / estimate.chips:g} a chip",
+        f"{estimate.batch_size / estimate.chips:g} a chip"
+        + (", blocks recomputed" if estimate.remat else ""),
         "",
         "memory of a chip, in GiB",
     ]

@@ -87,7 +87,10 @@ def make_topology(name: str) -> Topology:
             "pip install 'mtl_jax[tpu]', which chooses the release that fits JAX "
             f"{jax.__version__}"
         )
-    options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+    options: dict[str, Any] = {}
+    if chip.name == "v4":
+        # Its two cores as the one device that they are on real slices.
+        options["chip_config_name"] = "megacore"
     if math.prod(shape) < 4:
         # Less than the board of four chips that is the default.
         options["chips_per_host_bounds"] = shape

@@ -116,7 +116,7 @@ class Program:
         )
         return init(jax.random.key(self.experiment.seed), params)
 
-    def compile_step(self) -> tuple[Callable, int]:
+    def compile_step(self) -> tuple[jax.stages.Compiled, int]:
         """The compiled step ``(state, batch) -> (state, metrics)`` and its FLOPs.
 
         The state is donated. FLOPs are those of a whole step on all devices.
