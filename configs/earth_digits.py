@@ -22,6 +22,7 @@ from mtl_jax.data.sources.earth import Earth
 from mtl_jax.data.sources.multi_digits import MultiDigits
 from mtl_jax.layers.heads import Classification, DensePrediction
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.layers.patch import ConvolutionalStem
 from mtl_jax.models import VisionTransformer
 from mtl_jax.sharding import Rules
@@ -131,6 +132,7 @@ def main() -> fdl.Config:
                 num_selected=2,
                 expert_hidden=2 * WIDTH,
                 group_size=1,
+                router=fdl.Partial(NoisyTopK),
             ),
             num_tasks=len(tasks),
             embedding=ConvolutionalStem,

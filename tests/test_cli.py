@@ -140,8 +140,14 @@ def test_an_unknown_variant_lists_the_known(mistake):
         ("trunk.moe.num_experts=0", "trunk.moe.num_experts is 0"),
         ("trunk.moe.num_selected=9", "num_selected is 9; it must be at least 1 and at"),
         ("trunk.moe.expert_hidden=-1", "trunk.moe.expert_hidden is -1"),
-        ("trunk.moe.load_weight=-1", "trunk.moe.load_weight is -1.0; it must be at"),
-        ("trunk.moe.noise_std=1e400", "trunk.moe.noise_std is inf; it must be finite"),
+        (
+            "trunk.moe.router.load_weight=-1",
+            "router.load_weight is -1.0; it must be at",
+        ),
+        (
+            "trunk.moe.router.noise_std=1e400",
+            "router.noise_std is inf; it must be finite",
+        ),
         ("trunk.moe.dtype=bfloat16", "set trunk.dtype instead"),
         ("trunk.moe.num_tasks=1", "set trunk.num_tasks instead"),
         ("tasks.digit.head.num_classes=0", "tasks.digit.head.num_classes is 0"),

@@ -54,6 +54,16 @@ class Mlp(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         return down(self.activation(up(rows))).reshape(x.shape)
 
+    @nn.nowrap
+    def stages(self):
+        """The same as pure functions; see `mtl_jax.layers.moe.experts`."""
+        return (
+            lambda parameters, rows, linear: linear(rows, parameters["up"]),
+            lambda parameters, hidden, linear: linear(
+                self.activation(hidden), parameters["down"]
+            ),
+        )
+
 
 class SwiGlu(nn.Module):
     """A gated perceptron (Shazeer, "GLU variants improve transformer", 2020).
@@ -92,3 +102,16 @@ class SwiGlu(nn.Module):
         )
         rows = x.reshape(-1, x.shape[-1])
         return down(jax.nn.silu(gate(rows)) * up(rows)).reshape(x.shape)
+
+    @nn.nowrap
+    def stages(self):
+        """The same as pure functions; see `mtl_jax.layers.moe.experts`."""
+        return (
+            lambda parameters, rows, linear: (
+                linear(rows, parameters["gate"]),
+                linear(rows, parameters["up"]),
+            ),
+            lambda parameters, hidden, linear: linear(
+                jax.nn.silu(hidden[0]) * hidden[1], parameters["down"]
+            ),
+        )

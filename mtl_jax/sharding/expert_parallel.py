@@ -19,7 +19,7 @@ EXPERT_AXIS = "expert"
 """Mesh axis over which experts are split."""
 
 
-def _axis_sizes() -> dict[str, int]:
+def axis_sizes() -> dict[str, int]:
     """Sizes of the mesh axes that hold different examples and that we may use.
 
     An axis that is manual already (inside ``jax.shard_map`` or ``jax.pmap``) is not
@@ -36,6 +36,17 @@ def _axis_sizes() -> dict[str, int]:
     }
 
 
+def platform() -> str:
+    """Platform of the mesh now set, such as ``"tpu"``, or JAX's default without one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def num_expert_parts() -> int:
+    """Parts that experts are split into on the mesh now set."""
+    return axis_sizes().get(EXPERT_AXIS, 1)
+
+
 def _shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any):
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
 
@@ -50,7 +61,7 @@ def check_divisible(*, num_groups: int, num_experts: int) -> None:
     Raises:
       ValueError: If either does not divide; the message names the sizes.
     """
-    sizes = _axis_sizes()
+    sizes = axis_sizes()
     parts = math.prod(sizes.values())
     if num_groups % parts:
         raise ValueError(
@@ -84,7 +95,7 @@ def map_groups(
       A function of the whole arrays. It is ``function`` itself where the mesh now set
       does not split groups.
     """
-    axes = tuple(_axis_sizes())
+    axes = tuple(axis_sizes())
     if not axes:
         return function
 
@@ -96,6 +107,64 @@ def map_groups(
         in_specs=jax.tree.map(along, in_axes),
         out_specs=jax.tree.map(along, out_axes),
     )
+
+
+def map_experts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Applies every device's own experts to the groups of all that share them.
+
+    Groups are gathered over mesh axis ``expert``; outputs are added up over it and
+    scattered again. This needs no capacity, and beats `exchange` where tokens have as
+    many copies as there are parts.
+
+    Args:
+      function: ``(parameters, *arrays) -> arrays``, with the experts in front in every
+        leaf of ``parameters`` and groups in front in all others. It sees its part of
+        the experts alone, whose first is ``expert_part() · experts``, and gives zero
+        for what other experts do.
+
+    Returns:
+      The same function of the whole arrays, and ``function`` itself where the mesh now
+      set splits neither.
+    """
+    sizes = axis_sizes()
+    if not sizes:
+        return function
+    axes = tuple(sizes)
+    shares = EXPERT_AXIS in sizes
+
+    def local(parameters: Any, *arrays: Any) -> Any:
+        if not shares:
+            return function(parameters, *arrays)
+        gathered = jax.tree.map(
+            lambda a: jax.lax.all_gather(a, EXPERT_AXIS, tiled=True), arrays
+        )
+        return jax.tree.map(
+            lambda a: jax.lax.psum_scatter(a, EXPERT_AXIS, tiled=True),
+            function(parameters, *gathered),
+        )
+
+    def mapped(parameters: Any, *arrays: Any) -> Any:
+        by_expert = PartitionSpec(EXPERT_AXIS if shares else None)
+        by_group = PartitionSpec(axes)
+        return jax.shard_map(
+            local,
+            in_specs=(by_expert, *(by_group,) * len(arrays)),
+            out_specs=by_group,
+            # Hidden units stay split over other axes.
+            axis_names=set(axes),
+            # Kernels written in Pallas do not say over which axes they vary.
+            check_vma=False,
+        )(parameters, *arrays)
+
+    return mapped
+
+
+def expert_part() -> Array | int:
+    """Which part of the experts this device has, inside `map_experts`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or EXPERT_AXIS not in mesh.manual_axes:
+        return 0
+    return jax.lax.axis_index(EXPERT_AXIS)
 
 
 def exchange(
@@ -118,7 +187,7 @@ def exchange_back(
 
 
 def _swap(buffers: Array, *, to_experts: bool) -> Array:
-    axes = tuple(_axis_sizes())
+    axes = tuple(axis_sizes())
     if EXPERT_AXIS not in axes:
         return buffers
     rest = tuple(axis for axis in axes if axis != EXPERT_AXIS)

@@ -312,10 +312,20 @@ def _check_experts(make: Any) -> None:
     _check_kind("trunk.moe()", moe, nn.Module)
     _check_sizes("trunk.moe", moe, ("num_experts", "expert_hidden", "group_size"))
     _check_sizes("trunk.moe", moe, ("num_selected",), most=moe.num_experts)
-    for name in ("noise_std", "importance_weight", "load_weight"):
-        value = getattr(moe, name, 0.0)
-        if value < 0:
-            raise ValueError(f"trunk.moe.{name} is {value}; it must be at least 0")
+    router = getattr(moe, "router", None)
+    if router is None:
+        return
+    if isinstance(router, nn.Module) or not callable(router):
+        raise ValueError(
+            f"trunk.moe.router is a {type(router).__name__}; it must make one: use "
+            "fdl.Partial rather than fdl.Config"
+        )
+    made: Any = router(num_experts=moe.num_experts, num_selected=moe.num_selected)
+    for name, value in vars(made).items():
+        if name.endswith(("_std", "_weight")) and value < 0:
+            raise ValueError(
+                f"trunk.moe.router.{name} is {value}; it must be at least 0"
+            )
 
 
 def _check_sizes(

@@ -8,6 +8,8 @@ import pytest
 
 from mtl_jax.layers.heads import Classification, DensePrediction
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.models import MultitaskModel, VisionTransformer
 from mtl_jax.models.multitask import repeat
 
@@ -24,7 +26,10 @@ EXPERTS = functools.partial(
     num_selected=2,
     expert_hidden=8,
     group_size=2,
-    router_init=nn.initializers.normal(0.4),
+    router=functools.partial(
+        NoisyTopK,
+        gate=functools.partial(Gate, kernel_init=nn.initializers.normal(0.4)),
+    ),
 )
 TRUNK = functools.partial(
     VisionTransformer, width=8, depth=2, num_heads=2, patch_size=4, mlp_ratio=2
@@ -149,7 +154,7 @@ def test_gradients_of_the_copies_are_the_gradients_by_task(model):
         )
     if model is CONDITIONED:
         # A task's pass teaches its own router and no other.
-        router = np.asarray(found["block_1"]["moe"]["router"])
+        router = np.asarray(found["block_1"]["moe"]["router"]["gate"]["kernel"])
         taught = np.any(router, axis=(2, 3))
         assert taught.tolist() == [[False, False, True], [True, False, False]]
 

@@ -17,6 +17,8 @@ from float64_vit import (
 from mtl_jax.layers.attention import SelfAttention
 from mtl_jax.layers.mlp import Mlp, SwiGlu, exact_gelu, quick_gelu
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.layers.patch import (
     PatchEmbedding,
     resize_positions,
@@ -34,7 +36,10 @@ EXPERTS = functools.partial(
     num_selected=2,
     expert_hidden=8,
     group_size=2,
-    router_init=nn.initializers.normal(0.4),
+    router=functools.partial(
+        NoisyTopK,
+        gate=functools.partial(Gate, kernel_init=nn.initializers.normal(0.4)),
+    ),
 )
 TRUNKS = {
     "dense": TRUNK(),
@@ -89,7 +94,10 @@ def test_routers_by_task_share_their_experts():
     shared, by_task = (
         parameters(kind)["block_1"]["moe"] for kind in ("one router", "a router a task")
     )
-    assert by_task["router"].shape == (3, *shared["router"].shape)
+    assert by_task["router"]["gate"]["kernel"].shape == (
+        3,
+        *shared["router"]["gate"]["kernel"].shape,
+    )
     assert jax.tree.map(jnp.shape, by_task["experts"]) == jax.tree.map(
         jnp.shape, shared["experts"]
     )
@@ -101,8 +109,8 @@ def test_features_depend_on_the_task_through_its_router_alone():
     assert not np.allclose(outputs[0], outputs[1])
     assert not np.allclose(outputs[1], outputs[2])
     params = jax.tree.map(lambda leaf: leaf, parameters(kind))
-    router = params["block_1"]["moe"]["router"]
-    params["block_1"]["moe"]["router"] = router.at[1].set(router[0])
+    router = params["block_1"]["moe"]["router"]["gate"]["kernel"]
+    params["block_1"]["moe"]["router"]["gate"]["kernel"] = router.at[1].set(router[0])
     np.testing.assert_array_equal(
         features(kind, task=1, params=params), features(kind, task=0, params=params)
     )

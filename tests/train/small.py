@@ -1,6 +1,7 @@
 """A small experiment on made-up data: two sources, four tasks, every kind of label."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import numpy as np
@@ -9,6 +10,8 @@ from mtl_jax import optim
 from mtl_jax.data import Component, Field, Mixture
 from mtl_jax.layers.heads import Classification, DensePrediction
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.models import VisionTransformer
 from mtl_jax.tasks import Task, accuracy, r2, softmax_cross_entropy, squared_error
 from mtl_jax.train import Experiment, MeshShape, adamw
@@ -97,7 +100,12 @@ def experiment(
                 num_experts=num_experts,
                 expert_hidden=16,
                 group_size=1,
-                router_init=nn.initializers.normal(0.3),
+                router=functools.partial(
+                    NoisyTopK,
+                    gate=functools.partial(
+                        Gate, kernel_init=nn.initializers.normal(0.3)
+                    ),
+                ),
                 **arguments,
             )
 

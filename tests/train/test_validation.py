@@ -14,6 +14,7 @@ from mtl_jax import optim
 from mtl_jax.data import Component, Field, Mixture, dihedral, random_shift
 from mtl_jax.layers.heads import Classification
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.models import VisionTransformer
 from mtl_jax.tasks import accuracy, r2, squared_error
 from mtl_jax.train import validate, validation
@@ -239,7 +240,14 @@ def experts(**fields):
         (lambda **_: 3, r"trunk\.moe\(\) is 3; it must be a Module"),
         (experts(num_tasks=4), "trunk.moe.num_tasks is 4, but the trunk gives its own"),
         (experts(dtype="float16"), "set trunk.dtype instead"),
-        (experts(importance_weight=-1.0), "importance_weight is -1.0; it must be at"),
+        (
+            experts(router=functools.partial(NoisyTopK, importance_weight=-1.0)),
+            "trunk.moe.router.importance_weight is -1.0; it must be at",
+        ),
+        (
+            experts(router=NoisyTopK(4, 2)),
+            "trunk.moe.router is a NoisyTopK; it must make one: use fdl.Partial",
+        ),
         (experts(num_selected=5), "num_selected is 5; it must be .* at most 4"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The sparse mixture-of-experts layer: router, dispatch, experts, losses."""
+"""The sparse mixture-of-experts layer: routers, dispatch, experts, losses."""
 
 from mtl_jax.layers.moe.layer import MoE
 

@@ -1,7 +1,13 @@
-"""Moving tokens into experts' buffers of fixed capacity, and back.
+"""Moving tokens to the rows that experts compute on, and back.
 
-A *group* of tokens is routed by itself. Within a group every expert has ``capacity``
-slots; an assignment is one (token, choice) pair, and takes one slot or is dropped.
+A *group* of tokens is routed by itself. An assignment is one (token, choice) pair; it
+takes one row, or is dropped where its expert has no capacity left. Rows lie in one of
+two layouts:
+
+- *buffers*: ``capacity`` rows of every expert for every group, of which some stay
+  empty. The layout can be split over devices, and sent between them.
+- *sorted*: all rows of one expert after those of the one before, each expert's padded
+  to a multiple of a small block. Hardly any row stays empty.
 """
 
 import math
@@ -9,24 +15,37 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Positions(NamedTuple):
+    """Places of assignments in the queues of their experts.
+
+    Attributes:
+      place: Assignments of the same group to the same expert that come before.
+      kept: Which assignments find capacity.
+      taken: Assignments of each group to each expert that are kept.
+    """
+
+    place: Int[Array, "groups tokens selected"]
+    kept: Bool[Array, "groups tokens selected"]
+    taken: Int[Array, "groups experts"]
 
 
 class Slots(NamedTuple):
-    """Where assignments go, and the inverse.
+    """Which row an assignment has, and the inverse.
 
     Indices run over all the groups that were assigned together, so they mean
     something only to ``dispatch`` and ``combine`` of the same groups.
 
     Attributes:
-      slot: Row of the flattened buffers ``[experts groups capacity]`` for each
-        assignment, -1 where it was dropped.
-      assignment: Flattened ``[groups tokens selected]`` assignment in each slot, -1
-        where the slot is empty.
+      row: Row of each assignment, -1 where it was dropped.
+      assignment: Flattened ``[groups tokens selected]`` assignment in each row, -1
+        where the row is empty.
     """
 
-    slot: Int[Array, "groups tokens selected"]
-    assignment: Int[Array, "groups experts capacity"]
+    row: Int[Array, "groups tokens selected"]
+    assignment: Int[Array, "*rows"]
 
 
 def slots_per_expert(
@@ -50,46 +69,105 @@ def slots_per_expert(
     if capacity < 1:
         raise ValueError(
             f"capacity_factor={capacity_factor} gives {num_experts} experts no slot "
-            f"for {num_tokens} tokens; make it positive."
+            f"for {num_tokens} tokens; make it positive, or None for no limit."
         )
     return min(capacity, num_tokens)
 
 
-def assign_slots(
-    expert_index: Int[Array, "groups tokens selected"], num_experts: int, capacity: int
-) -> Slots:
-    """Gives assignments their slots, in order, until an expert's slots are taken.
+def queue(
+    expert_index: Int[Array, "groups tokens selected"],
+    num_experts: int,
+    capacity: int,
+    priority: Float[Array, "groups tokens"] | None = None,
+) -> Positions:
+    """Lines assignments up before their experts.
 
     All first choices of a group come before any second choice, and so on; among equal
-    choices the earlier token comes first.
+    choices the token of higher priority comes first, then the earlier one.
 
     Args:
-      expert_index: Experts of each token, the best first.
+      expert_index: Experts of each token, the best first. An index that is no expert's
+        waits for nobody and is not kept.
       num_experts: Number of experts.
-      capacity: Slots of each expert in each group.
-
-    Returns:
-      The slots; assignments that find none are dropped.
+      capacity: Assignments that each expert takes of each group.
+      priority: Priority of each token, or None.
     """
     num_groups, num_tokens, num_selected = expert_index.shape
-    by_choice = expert_index.swapaxes(1, 2).reshape(num_groups, -1)
+    order = None if priority is None else jnp.argsort(-priority, axis=1)
+    by_choice = _reorder(expert_index, order).swapaxes(1, 2).reshape(num_groups, -1)
     chosen = jax.nn.one_hot(by_choice, num_experts, dtype=jnp.int32)
-    earlier = jnp.cumsum(chosen, axis=1) - chosen
-    position = jnp.sum(earlier * chosen, axis=-1)
-    position = position.reshape(num_groups, num_selected, num_tokens).swapaxes(1, 2)
-
-    group = jax.lax.broadcasted_iota(jnp.int32, expert_index.shape, 0)
-    slot = (expert_index * num_groups + group) * capacity + position
-    slot = jnp.where(position < capacity, slot, -1)
-
-    shape = (num_experts, num_groups, capacity)
-    assignment = jnp.full(math.prod(shape), -1, slot.dtype)
-    assignment = assignment.at[slot.reshape(-1)].set(
-        jnp.arange(slot.size, dtype=slot.dtype),
-        mode="drop",
-        wrap_negative_indices=False,
+    waiting = jnp.cumsum(chosen, axis=1)
+    place = jnp.sum(waiting * chosen, axis=-1) - 1
+    place = place.reshape(num_groups, num_selected, num_tokens).swapaxes(1, 2)
+    place = _reorder(place, None if order is None else jnp.argsort(order, axis=1))
+    return Positions(
+        place,
+        (place >= 0) & (place < capacity),
+        jnp.minimum(waiting[:, -1], capacity),
     )
-    return Slots(slot, assignment.reshape(shape).swapaxes(0, 1))
+
+
+def _reorder(
+    values: Int[Array, "groups tokens selected"],
+    order: Int[Array, "groups tokens"] | None,
+) -> Int[Array, "groups tokens selected"]:
+    if order is None:
+        return values
+    return jnp.take_along_axis(values, order[..., None], axis=1)
+
+
+def in_buffers(
+    expert_index: Int[Array, "groups tokens selected"],
+    positions: Positions,
+    capacity: int,
+) -> Slots:
+    """Rows in buffers ``[experts groups capacity]``; see the module.
+
+    The ``assignment`` of the result has shape ``[groups experts capacity]``.
+    """
+    num_groups, num_experts = positions.taken.shape
+    group = jax.lax.broadcasted_iota(jnp.int32, expert_index.shape, 0)
+    row = (expert_index * num_groups + group) * capacity + positions.place
+    row = jnp.where(positions.kept, row, -1)
+    assignment = _invert(row, num_experts * num_groups * capacity)
+    shape = (num_experts, num_groups, capacity)
+    return Slots(row, assignment.reshape(shape).swapaxes(0, 1))
+
+
+def in_order(
+    expert_index: Int[Array, "groups tokens selected"],
+    positions: Positions,
+    block: int,
+) -> tuple[Slots, Int[Array, " experts"]]:
+    """Rows sorted by expert; see the module.
+
+    Args:
+      expert_index: Experts of each token.
+      positions: Their places in the queues.
+      block: Each expert's rows are padded to a multiple of this.
+
+    Returns:
+      The slots, and the number of rows of each expert with padding. The rows behind
+      the last expert's are empty too: there are as many as there could be.
+    """
+    num_experts = positions.taken.shape[1]
+    count = jnp.sum(positions.taken, axis=0)
+    padded = (count + block - 1) // block * block
+    first = jnp.cumsum(padded) - padded
+    before = jnp.cumsum(positions.taken, axis=0) - positions.taken + first[None]
+    group = jax.lax.broadcasted_iota(jnp.int32, expert_index.shape, 0)
+    clipped = jnp.clip(expert_index, 0, num_experts - 1)
+    row = before[group, clipped] + positions.place
+    row = jnp.where(positions.kept, row, -1)
+    most = math.prod(expert_index.shape) + num_experts * (block - 1)
+    return Slots(row, _invert(row, most // block * block)), padded
+
+
+def _invert(row: Int[Array, "..."], num_rows: int) -> Int[Array, " rows"]:
+    empty = jnp.full(num_rows, -1, row.dtype)
+    return empty.at[row.reshape(-1)].set(
+        jnp.arange(row.size, dtype=row.dtype), mode="drop", wrap_negative_indices=False
+    )
 
 
 def _gather(rows: Array, index: Array) -> Array:
@@ -130,29 +208,50 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 def dispatch(
     tokens: Float[Array, "groups tokens width"], slots: Slots
-) -> Float[Array, "experts groups capacity width"]:
-    """Copies tokens into the buffers of their experts; empty slots are zero."""
-    width, num_selected = tokens.shape[-1], slots.slot.shape[-1]
-    assignment = slots.assignment.swapaxes(0, 1)
-    buffers = take_rows(
+) -> Float[Array, "rows width"]:
+    """Copies tokens into the rows of their assignments; empty rows are zero.
+
+    Rows of buffers are in the order ``[experts groups capacity]``.
+    """
+    width, num_selected = tokens.shape[-1], slots.row.shape[-1]
+    return take_rows(
         tokens.reshape(-1, width),
-        assignment.reshape(-1) // num_selected,
-        slots.slot.reshape(-1, num_selected),
+        _by_row(slots) // num_selected,
+        slots.row.reshape(-1, num_selected),
     )
-    return buffers.reshape(*assignment.shape, width)
 
 
 def combine(
-    buffers: Float[Array, "experts groups capacity width"],
+    rows: Float[Array, "rows width"],
     weight: Float[Array, "groups tokens selected"],
     slots: Slots,
 ) -> Float[Array, "groups tokens width"]:
     """Adds up the outputs of each token's experts by weight; dropped ones add zero."""
-    width = buffers.shape[-1]
-    outputs = take_rows(
-        buffers.reshape(-1, width),
-        slots.slot.reshape(-1),
-        slots.assignment.swapaxes(0, 1).reshape(-1, 1),
-    )
-    outputs = outputs.reshape(*weight.shape, width)
+    outputs = take_rows(rows, slots.row.reshape(-1), _by_row(slots)[:, None])
+    outputs = outputs.reshape(*weight.shape, rows.shape[-1])
     return jnp.sum(outputs * weight[..., None].astype(outputs.dtype), axis=2)
+
+
+def _by_row(slots: Slots) -> Int[Array, " rows"]:
+    """The assignment of each row, in the order of the rows."""
+    assignment = slots.assignment
+    if assignment.ndim == 3:
+        assignment = assignment.swapaxes(0, 1)
+    return assignment.reshape(-1)
+
+
+def one_hot_mask(
+    expert_index: Int[Array, "groups tokens selected"],
+    positions: Positions,
+    capacity: int,
+) -> Bool[Array, "groups tokens selected experts capacity"]:
+    """Which assignment lies in which row of the buffers, as a mask.
+
+    Products with it do what ``dispatch`` and ``combine`` do, at a cost that grows with
+    the square of the group (GShard; Lepikhin et al., 2021).
+    """
+    num_experts = positions.taken.shape[1]
+    expert = jax.nn.one_hot(expert_index, num_experts, dtype=jnp.bool_)
+    place = jax.nn.one_hot(positions.place, capacity, dtype=jnp.bool_)
+    mask = expert[..., :, None] & place[..., None, :]
+    return mask & positions.kept[..., None, None]

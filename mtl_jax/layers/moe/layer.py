@@ -2,77 +2,79 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.mlp import Mlp
-from mtl_jax.layers.moe import dispatch, router
-from mtl_jax.layers.moe.experts import apply_experts
+from mtl_jax.layers.moe.dispatch import slots_per_expert
+from mtl_jax.layers.moe.execution import Execution, choose, run
+from mtl_jax.layers.moe.experts import expert_stages
+from mtl_jax.layers.moe.routers import NoisyTopK
+from mtl_jax.layers.moe.routing import Routing, assigned_fraction, entropy
 from mtl_jax.sharding import expert_parallel
 
 
 class MoE(nn.Module):
     """Sends each token to a few of many experts, and adds up what they return.
 
-    With ``num_tasks`` there is one router a task over shared experts, the multi-gate
-    of M³ViT (Fan et al., 2022); without, one router for all, as in V-MoE (Riquelme et
-    al., 2021). Tokens that find their experts full get zeros for them, so the layer
-    belongs on a residual branch.
+    The router decides where tokens go; `mtl_jax.layers.moe.routers` has one class for
+    each published kind. Tokens that find their experts full get zeros for them, so the
+    layer belongs on a residual branch.
 
     Routing groups are ``group_size`` consecutive examples of the batch. The size is
     fixed here and not taken from the devices: which tokens find an expert full, and
     hence the result, is then the same on any mesh.
 
     Where the mesh set by ``jax.set_mesh`` has an ``expert`` axis, experts are split
-    over it and tokens travel to them.
+    over it and tokens travel to them. How the experts' rows are laid out, and with
+    which kernels they are computed, follows from shapes, mesh and platform; the result
+    does not depend on it.
 
     Two collections are written where they are mutable: ``losses`` has the weighted
     ``auxiliary`` loss, a scalar to add to the objective; ``statistics`` has, averaged
     over groups, ``load`` (fraction of assignments to each expert), ``dropped``
     (fraction of assignments without a slot), ``dead`` (fraction of experts that got
-    no token of the batch), ``entropy`` (of a token's gates, in nats),
-    ``importance_loss`` and ``load_loss`` (before their weights).
+    no token of the batch), ``entropy`` (of a token's gates, in nats), ``gates`` (mean
+    gate of each expert) and the router's losses before their weights.
 
     Attributes:
       num_experts: Number of experts.
       expert_hidden: Hidden units of each expert.
       group_size: Examples in a routing group; it must divide the batch.
       num_selected: Experts each token goes to.
-      capacity_factor: Slots of the experts over what balanced routing needs.
-      num_tasks: Number of routers, or None for a single one.
-      noise_std: Standard deviation of the noise on the logits in training, times the
-        number of experts.
-      importance_weight: Weight of the importance loss.
-      load_weight: Weight of the load loss.
+      capacity_factor: Slots of the experts over what balanced routing needs; None for
+        experts that take every token sent to them.
+      num_tasks: Number of tasks that the router tells apart, or None.
+      num_shared_experts: Further experts that see every token, with weight 1
+        (DeepSeekMoE; Dai et al., 2024).
       dtype: Dtype of the experts' computation and the output. Parameters and routing
         are float32.
       expert: Makes one expert, given ``hidden``, ``dtype`` and ``name``.
-      router_init: Initialiser of the routers' kernels. Zeros leave the first choices
-        to the noise, so that experts start with equal load (Shazeer et al., 2017,
-        appendix A).
+      router: Makes the router, given ``num_experts``, ``num_selected``, ``num_tasks``
+        and ``name``.
+      execution: How it is carried out; None for what suits the shapes.
     """
 
     num_experts: int
     expert_hidden: int
     group_size: int
     num_selected: int = 2
-    capacity_factor: float = 1.25
+    capacity_factor: float | None = 1.25
     num_tasks: int | None = None
-    noise_std: float = 1.0
-    importance_weight: float = 0.005
-    load_weight: float = 0.005
+    num_shared_experts: int = 0
     dtype: DTypeLike = jnp.float32
     expert: Callable[..., nn.Module] = Mlp
-    router_init: nn.initializers.Initializer = nn.initializers.zeros
+    router: Callable[..., nn.Module] = NoisyTopK
+    execution: Execution | None = None
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
         task: Int[Array, ""] | int | None = None,
+        condition: Float[Array, "batch features"] | None = None,
         *,
         train: bool,
     ) -> Float[Array, "batch tokens width"]:
@@ -80,9 +82,10 @@ class MoE(nn.Module):
 
         Args:
           x: Tokens of each example.
-          task: Index of the task whose router decides, possibly traced; None where
-            there is a single router.
-          train: Whether to add noise to the logits, which takes the ``router`` key.
+          task: Index of the task that the router routes for, possibly traced; None
+            where there is a single router.
+          condition: What routers that do not look at tokens route each example by.
+          train: Whether the router may be noisy, which takes the ``router`` key.
 
         Returns:
           The weighted sum of each token's experts.
@@ -93,62 +96,63 @@ class MoE(nn.Module):
             ``capacity_factor`` leaves no slot; or if ``task`` does not fit
             ``num_tasks``.
         """
-        self._check(x.shape[0], task)
+        self._check(x.shape[0])
         batch, num_tokens, width = x.shape
         num_groups = batch // self.group_size
-        group_tokens = self.group_size * num_tokens
         expert_parallel.check_divisible(
             num_groups=num_groups, num_experts=self.num_experts
         )
-        capacity = dispatch.slots_per_expert(
-            group_tokens, self.num_experts, self.num_selected, self.capacity_factor
-        )
+        group_tokens = self.group_size * num_tokens
         groups = x.reshape(num_groups, group_tokens, width)
-        logits = self._logits(groups, task)
-        noise = None
-        if train and self.noise_std > 0:
-            noise = jax.random.normal(self.make_rng("router"), logits.shape)
-
-        routing = router.route(
-            logits, noise, num_selected=self.num_selected, noise_std=self.noise_std
+        if condition is not None:
+            condition = jnp.repeat(condition, num_tokens, axis=0).reshape(
+                num_groups, group_tokens, -1
+            )
+        router = self.router(
+            num_experts=self.num_experts,
+            num_selected=self.num_selected,
+            num_tasks=self.num_tasks,
+            name="router",
         )
+        routing = router(groups, task, condition, train=train)
+        output, dropped = self._apply_experts(groups.astype(self.dtype), routing)
+        self._record(routing, dropped)
+        output = output.reshape(x.shape)
+        if self.num_shared_experts:
+            shared = self.expert(
+                hidden=self.num_shared_experts * self.expert_hidden,
+                dtype=self.dtype,
+                name="shared_experts",
+            )
+            output = output + shared(x.astype(self.dtype))
+        return output
 
-        def send(tokens: Array, expert_index: Array) -> tuple[Array, dispatch.Slots]:
-            slots = dispatch.assign_slots(expert_index, self.num_experts, capacity)
-            return dispatch.dispatch(tokens, slots), slots
-
-        buffers, slots = expert_parallel.map_groups(
-            send, in_axes=(0, 0), out_axes=(1, 0)
-        )(groups.astype(self.dtype), routing.expert_index)
-        buffers = expert_parallel.exchange(buffers)
+    def _apply_experts(
+        self, groups: Float[Array, "groups tokens width"], routing: Routing
+    ) -> tuple[Float[Array, "groups tokens width"], Float[Array, ""]]:
+        """The experts' weighted outputs, and the fraction of assignments dropped."""
+        num_tokens = groups.shape[1]
+        capacity = num_tokens
+        if self.capacity_factor is not None:
+            capacity = slots_per_expert(
+                num_tokens, self.num_experts, self.num_selected, self.capacity_factor
+            )
         expert = self.expert(
             hidden=self.expert_hidden, dtype=self.dtype, name="experts"
         )
-        buffers = expert_parallel.exchange_back(apply_experts(expert, buffers))
-        output = expert_parallel.map_groups(
-            dispatch.combine, in_axes=(1, 0, 0), out_axes=0
-        )(buffers, routing.weight, slots)
-        self._record(routing, slots)
-        return output.reshape(x.shape)
-
-    def _logits(
-        self, groups: Float[Array, "groups tokens width"], task: Array | int | None
-    ) -> Float[Array, "groups tokens experts"]:
-        """The router's logits, in float32 whatever the dtype of the experts."""
-        shape, names = (groups.shape[-1], self.num_experts), ("embed", "expert_logits")
-        if self.num_tasks is not None:
-            shape, names = (self.num_tasks, *shape), ("task", *names)
-        init = nn.with_logical_partitioning(self.router_init, names)
-        kernel = self.param("router", init, shape)
-        if self.num_tasks is not None:
-            kernel = jax.lax.dynamic_index_in_dim(kernel, task, keepdims=False)
-        rows = groups.reshape(-1, groups.shape[-1]).astype(jnp.float32)
-        logits = jnp.einsum(
-            "nd,de->ne", rows, kernel, precision=jax.lax.Precision.HIGHEST
+        stages, parameters = expert_stages(
+            expert, self.num_experts, groups.shape[-1], self.dtype
         )
-        return logits.reshape(*groups.shape[:2], self.num_experts)
+        how = self.execution or choose(
+            num_assignments=routing.expert_index.size,
+            num_experts=self.num_experts,
+            num_selected=self.num_selected,
+            capacity_factor=self.capacity_factor,
+            uses_matmuls=hasattr(expert, "stages"),
+        )
+        return run(how, stages, parameters, groups, routing, capacity)
 
-    def _check(self, batch: int, task: Array | int | None) -> None:
+    def _check(self, batch: int) -> None:
         if self.group_size < 1 or batch % self.group_size:
             raise ValueError(
                 f"group_size={self.group_size} does not divide the batch of {batch} "
@@ -159,39 +163,24 @@ class MoE(nn.Module):
                 f"num_selected={self.num_selected} is not between 1 and "
                 f"num_experts={self.num_experts}."
             )
-        if (task is None) != (self.num_tasks is None):
-            raise ValueError(
-                f"task={task!r} does not fit num_tasks={self.num_tasks}: give a task "
-                "exactly where there is one router a task."
-            )
-        if isinstance(task, int) and not 0 <= task < (self.num_tasks or 0):
-            raise ValueError(
-                f"task={task} is not one of num_tasks={self.num_tasks} tasks; count "
-                "from 0."
-            )
 
-    def _record(self, routing: router.Routing, slots: dispatch.Slots) -> None:
+    def _record(self, routing: Routing, dropped: Float[Array, ""]) -> None:
         if self.is_initializing():
             return
-        load = jnp.mean(routing.load, axis=0)
-        kept = slots.slot >= 0
-        importance_loss = jnp.mean(routing.importance_loss)
-        load_loss = jnp.mean(routing.load_loss)
+        load = jnp.mean(
+            assigned_fraction(routing.expert_index, self.num_experts), axis=0
+        )
         statistics = {
             "load": load,
-            "dropped": 1.0 - jnp.mean(kept.astype(jnp.float32)),
+            "dropped": dropped,
             "dead": jnp.mean((load == 0).astype(jnp.float32)),
-            "entropy": jnp.mean(routing.entropy),
-            "importance_loss": importance_loss,
-            "load_loss": load_loss,
+            "entropy": entropy(routing.probabilities),
+            "gates": jnp.mean(routing.probabilities, axis=(0, 1)),
+            **{name: jnp.mean(loss) for name, loss in routing.losses.items()},
         }
         for name, value in statistics.items():
             self._sow("statistics", name, value)
-        self._sow(
-            "losses",
-            "auxiliary",
-            self.importance_weight * importance_loss + self.load_weight * load_loss,
-        )
+        self._sow("losses", "auxiliary", routing.auxiliary_loss)
 
     def _sow(self, collection: str, name: str, value: Array) -> None:
         # The value itself rather than a tuple of all that were ever sown.

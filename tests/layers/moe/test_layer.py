@@ -1,5 +1,6 @@
 import functools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.routers import NoisyTopK
 
 COLLECTIONS = ["losses", "statistics"]
 
@@ -51,7 +53,7 @@ def apply(module, params, x, task=None, *, train=False, seed=None):
 
 def dense_oracle(params, x, num_selected, noise=0.0):
     """Every expert on every token, weighted by the gates that were selected."""
-    logits = x @ params["router"]
+    logits = x @ params["router"]["gate"]["kernel"]
     noisy = logits + noise
     least = jnp.sort(noisy, axis=-1)[..., -num_selected, None]
     gates = jnp.where(noisy >= least, jax.nn.softmax(noisy), 0.0)
@@ -92,7 +94,7 @@ def test_values_and_gradients_against_the_dense_oracle(num_selected):
 
 
 def test_noise_is_drawn_in_training_alone():
-    module = layer(noise_std=20.0, capacity_factor=6.0)
+    module = layer(router=partial(NoisyTopK, noise_std=20.0), capacity_factor=6.0)
     x = inputs()
     params = variables(module, x)
 
@@ -103,7 +105,7 @@ def test_noise_is_drawn_in_training_alone():
     first, again, other = (trained(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
-    quiet = layer(noise_std=0.0, capacity_factor=6.0)
+    quiet = layer(router=partial(NoisyTopK, noise_std=0.0), capacity_factor=6.0)
     np.testing.assert_array_equal(
         apply(quiet, params, x, train=True)[0], apply(module, params, x)[0]
     )
@@ -113,10 +115,11 @@ def test_each_task_has_its_router_over_shared_experts():
     gates = layer(num_tasks=3)
     x = inputs()
     params = variables(gates, x, 0)["params"]
-    assert params["router"].shape == (3, 8, 6)
+    kernel = params["router"]["gate"]["kernel"]
+    assert kernel.shape == (3, 8, 6)
     output = jax.jit(lambda task: gates.apply({"params": params}, x, task, train=False))
     for task in range(3):
-        alone = {"params": {**params, "router": params["router"][task]}}
+        alone = {"params": {**params, "router": {"gate": {"kernel": kernel[task]}}}}
         expected, _ = apply(layer(), alone, x)
         np.testing.assert_allclose(output(jnp.int32(task)), expected, atol=1e-6)
 
@@ -126,7 +129,7 @@ def test_each_task_has_its_router_over_shared_experts():
         )
         return jnp.sum(y**2) + state["losses"]["auxiliary"]
 
-    gradient = np.asarray(jax.jit(jax.grad(loss))(params)["router"])
+    gradient = np.asarray(jax.jit(jax.grad(loss))(params)["router"]["gate"]["kernel"])
     assert np.abs(gradient[1]).max() > 1e-3
     np.testing.assert_array_equal(gradient[[0, 2]], np.zeros((2, 8, 6)))
 
@@ -137,7 +140,8 @@ def test_statistics_of_a_uniform_router_by_hand():
     module = layer(num_experts=4, capacity_factor=1.0, num_tasks=2)
     x = inputs(batch=6, tokens=4)
     params = variables(module, x, 0)
-    params["params"]["router"] = jnp.zeros_like(params["params"]["router"])
+    gate = params["params"]["router"]["gate"]
+    gate["kernel"] = jnp.zeros_like(gate["kernel"])
     y, state = apply(module, params, x, jnp.int32(0))
     statistics = state["statistics"]
     np.testing.assert_allclose(statistics["load"], [0.5, 0.5, 0, 0])
@@ -153,7 +157,7 @@ def test_statistics_of_a_uniform_router_by_hand():
 
 
 def test_auxiliary_loss_is_weighted_and_differentiable():
-    module = layer(importance_weight=2.0, load_weight=3.0)
+    module = layer(router=partial(NoisyTopK, importance_weight=2.0, load_weight=3.0))
     x = inputs()
     params = variables(module, x)
 
@@ -166,7 +170,7 @@ def test_auxiliary_loss_is_weighted_and_differentiable():
     (loss, statistics), gradient = loss_and_gradient(params)
     expected = 2 * statistics["importance_loss"] + 3 * statistics["load_loss"]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    assert np.abs(gradient["params"]["router"]).max() > 1e-3
+    assert np.abs(gradient["params"]["router"]["gate"]["kernel"]).max() > 1e-3
     assert not np.any(gradient["params"]["experts"]["up"]["kernel"])
 
 
@@ -189,7 +193,11 @@ def test_parameters_have_an_expert_axis_and_their_own_values():
     up, down = boxed["params"]["experts"]["up"], boxed["params"]["experts"]["down"]
     assert up["kernel"].names == ("expert", "embed", "mlp")
     assert down["bias"].names == ("expert", "embed")
-    assert boxed["params"]["router"].names == ("task", "embed", "expert_logits")
+    assert boxed["params"]["router"]["gate"]["kernel"].names == (
+        "task",
+        "embed",
+        "expert_logits",
+    )
     assert up["kernel"].value.shape == (6, 8, 5)
     assert not np.allclose(up["kernel"].value[0], up["kernel"].value[1])
 
@@ -210,7 +218,7 @@ def test_any_module_is_an_expert():
     module = layer(expert=Scale, num_selected=1, capacity_factor=6.0)
     x = inputs()
     params = variables(module, x)["params"]
-    gates = jax.nn.softmax(x @ params["router"])
+    gates = jax.nn.softmax(x @ params["router"]["gate"]["kernel"])
     scale = params["experts"]["scale"][jnp.argmax(gates, -1)]
     expected = x * (scale * jnp.max(gates, -1))[..., None]
     actual, _ = apply(module, {"params": params}, x)

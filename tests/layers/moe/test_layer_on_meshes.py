@@ -11,6 +11,8 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.sharding import Rules, make_mesh, param_shardings, spec
 
 WIDTH, TOKENS, BATCH = 16, 8, 16
@@ -18,11 +20,14 @@ MODULE = MoE(
     num_experts=8,
     expert_hidden=12,
     group_size=2,
-    router_init=nn.initializers.normal(0.3),
     capacity_factor=0.8,
     num_tasks=3,
-    importance_weight=1.0,
-    load_weight=1.0,
+    router=functools.partial(
+        NoisyTopK,
+        gate=functools.partial(Gate, kernel_init=nn.initializers.normal(0.3)),
+        importance_weight=1.0,
+        load_weight=1.0,
+    ),
 )
 RULES = Rules()
 
@@ -213,10 +218,12 @@ def test_groups_and_experts_must_divide_over_the_mesh():
 
 def test_a_pmapped_layer_computes_its_own_groups():
     x = inputs()
-    quiet = MODULE.clone(noise_std=0.0)
+    quiet = MODULE.clone(router=functools.partial(MODULE.router, noise_std=0.0))
+
+    values = variables()
 
     def step(x):
-        return quiet.apply(variables(), x, 1, train=True)
+        return quiet.apply(values, x, 1, train=True)
 
     expected = jax.jit(step)(x)
     actual = jax.pmap(step, axis_name="data")(x.reshape(8, 2, TOKENS, WIDTH)).reshape(

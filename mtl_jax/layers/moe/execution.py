@@ -1,0 +1,204 @@
+"""How a layer of experts is carried out: exchange, layout of rows, matrix products.
+
+All ways compute the same; which is fastest follows from shapes, mesh and platform.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from mtl_jax.layers.moe import dispatch, grouped, grouped_matmul
+from mtl_jax.layers.moe.experts import apply_buffers
+from mtl_jax.layers.moe.grouped import Stage
+from mtl_jax.layers.moe.routing import Routing
+from mtl_jax.sharding import expert_parallel
+
+ROWS_THAT_FILL_BLOCKS = 48
+"""Rows an expert below which buffers beat blocks on a CPU (`benchmarks/moe.py`)."""
+
+
+class Execution(NamedTuple):
+    """One way to carry out a layer.
+
+    Attributes:
+      exchange: How tokens reach experts on other devices: ``"all_to_all"`` sends
+        buffers, ``"all_gather"`` gathers tokens and scatters sums of outputs, with no
+        need of a capacity.
+      layout: ``"buffers"``, the same by products with ``"one_hot"`` masks, or
+        ``"sorted"``; see `mtl_jax.layers.moe.dispatch`.
+      matmul: On sorted rows, ``"blocks"`` of one expert each, or a grouped matrix
+        product of `mtl_jax.layers.moe.grouped_matmul`.
+    """
+
+    exchange: Literal["all_to_all", "all_gather"]
+    layout: Literal["buffers", "one_hot", "sorted"]
+    matmul: Literal["blocks", "megablox", "ragged_dot"] = "blocks"
+
+
+def choose(
+    *,
+    num_assignments: int,
+    num_experts: int,
+    num_selected: int,
+    capacity_factor: float | None,
+    uses_matmuls: bool,
+) -> Execution:
+    """The way that is fastest for these shapes on the mesh now set.
+
+    Args:
+      num_assignments: Assignments of all groups on all devices.
+      num_experts: Number of experts.
+      num_selected: Experts a token goes to.
+      capacity_factor: As `mtl_jax.layers.moe.MoE` has it.
+      uses_matmuls: Whether the experts consist of ``linear`` stages alone.
+    """
+    platform = expert_parallel.platform()
+    sizes = expert_parallel.axis_sizes()
+    num_devices = sizes.get(expert_parallel.EXPERT_AXIS, 1)
+    limited = capacity_factor is not None
+    # Bytes that leave a device: a gather sends each token to all others once, an
+    # exchange of buffers sends ``num_selected · capacity_factor`` rows a token.
+    gathers = not limited or num_devices < num_selected * capacity_factor
+    exchange = "all_gather" if gathers else "all_to_all"
+    if exchange == "all_to_all" and num_devices > 1:
+        return Execution("all_to_all", "buffers")
+    if platform == "cpu":
+        share = num_assignments / num_experts
+        if limited and share < ROWS_THAT_FILL_BLOCKS:
+            return Execution(exchange, "buffers")
+        return Execution(exchange, "sorted")
+    if limited:
+        return Execution(exchange, "buffers")
+    if not uses_matmuls:
+        return Execution(exchange, "sorted")
+    matmul = "megablox" if platform == "tpu" else "ragged_dot"
+    return Execution(exchange, "sorted", matmul)
+
+
+def run(
+    execution: Execution,
+    stages: Sequence[Stage],
+    parameters: PyTree,
+    groups: Float[Array, "groups tokens width"],
+    routing: Routing,
+    capacity: int,
+) -> tuple[Float[Array, "groups tokens width"], Float[Array, ""]]:
+    """The experts' weighted outputs.
+
+    Args:
+      execution: How.
+      stages: What an expert does.
+      parameters: Parameters of all experts, with a leading axis over them.
+      groups: Tokens, in the dtype of the experts.
+      routing: Where they go.
+      capacity: Assignments that an expert takes of each group.
+
+    Returns:
+      The outputs, and the fraction of assignments that found no capacity.
+    """
+    if execution.exchange == "all_to_all" and expert_parallel.num_expert_parts() > 1:
+        output, kept = _exchanging(
+            execution, stages, parameters, groups, routing, capacity
+        )
+    else:
+        output, kept = _gathering(
+            execution, stages, parameters, groups, routing, capacity
+        )
+    return output, 1.0 - jnp.mean(kept)
+
+
+def _exchanging(execution, stages, parameters, groups, routing, capacity):
+    """Each device fills buffers for all experts; buffers travel to them and back."""
+    num_experts = jax.tree.leaves(parameters)[0].shape[0]
+    fill, empty = _FILLING[execution.layout]
+
+    def send(groups, expert_index, priority):
+        positions = dispatch.queue(expert_index, num_experts, capacity, priority)
+        buffers, slots = fill(groups, expert_index, positions, capacity)
+        return buffers, slots, positions.kept.astype(jnp.float32)
+
+    buffers, slots, kept = expert_parallel.map_groups(
+        send, in_axes=(0, 0, 0), out_axes=(1, 0, 0)
+    )(groups, routing.expert_index, routing.priority)
+    buffers = apply_buffers(stages, parameters, expert_parallel.exchange(buffers))
+    output = expert_parallel.map_groups(empty, in_axes=(1, 0, 0), out_axes=0)(
+        expert_parallel.exchange_back(buffers), routing.weight, slots
+    )
+    return output, kept
+
+
+def _gathering(execution, stages, parameters, groups, routing, capacity):
+    """Each device applies its experts to all tokens of the devices that share them."""
+
+    def local(parameters, groups, expert_index, weight, priority):
+        num_experts = jax.tree.leaves(parameters)[0].shape[0]
+        first = expert_parallel.expert_part() * num_experts
+        # An index that is no expert's here is dropped here.
+        expert_index = expert_index - first
+        positions = dispatch.queue(expert_index, num_experts, capacity, priority)
+        kept = positions.kept.astype(jnp.float32)
+        if execution.layout == "sorted":
+            sizes = grouped.block_sizes(expert_index.size, num_experts)
+            slots, count = dispatch.in_order(expert_index, positions, sizes[-1])
+            rows = dispatch.dispatch(groups, slots)
+            rows = _apply_sorted(execution.matmul)(
+                stages, parameters, rows, count, sizes
+            )
+            return dispatch.combine(rows, weight, slots), kept
+        fill, empty = _FILLING[execution.layout]
+        buffers, slots = fill(groups, expert_index, positions, capacity)
+        return empty(apply_buffers(stages, parameters, buffers), weight, slots), kept
+
+    return expert_parallel.map_experts(local)(
+        parameters,
+        groups,
+        routing.expert_index,
+        routing.weight,
+        routing.priority,
+    )
+
+
+def _fill_buffers(groups, expert_index, positions, capacity):
+    slots = dispatch.in_buffers(expert_index, positions, capacity)
+    num_groups, num_experts = positions.taken.shape
+    rows = dispatch.dispatch(groups, slots)
+    return rows.reshape(num_experts, num_groups, capacity, groups.shape[-1]), slots
+
+
+def _empty_buffers(buffers, weight, slots):
+    return dispatch.combine(buffers.reshape(-1, buffers.shape[-1]), weight, slots)
+
+
+def _fill_by_mask(groups, expert_index, positions, capacity):
+    mask = dispatch.one_hot_mask(expert_index, positions, capacity)
+    return jnp.einsum("gskec,gsd->egcd", mask.astype(groups.dtype), groups), mask
+
+
+def _empty_by_mask(buffers, weight, mask):
+    weight, mask = weight.astype(buffers.dtype), mask.astype(buffers.dtype)
+    return jnp.einsum("gsk,gskec,egcd->gsd", weight, mask, buffers)
+
+
+_FILLING: dict[str, tuple[Callable, Callable]] = {
+    "buffers": (_fill_buffers, _empty_buffers),
+    "one_hot": (_fill_by_mask, _empty_by_mask),
+}
+
+
+def _apply_sorted(matmul: str) -> Callable:
+    if matmul == "blocks":
+        return grouped.apply_blocks
+    kernel = {
+        "megablox": grouped_matmul.megablox,
+        "ragged_dot": grouped_matmul.ragged_dot,
+    }[matmul]
+
+    def apply(stages, parameters, rows, count, sizes):
+        del sizes
+        return grouped.apply_matmuls(stages, parameters, rows, count, kernel)
+
+    return functools.wraps(grouped.apply_matmuls)(apply)

@@ -1,0 +1,218 @@
+"""Gates: a logit of every expert for every token, in float32.
+
+A router is a gate and a rule that selects by its logits. Which gate decides what the
+choice of experts may depend on: the token, the task, or a condition of the example.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+GateInit = nn.initializers.Initializer
+
+
+def matmul_float32(
+    rows: Float[Array, "*rows width"], kernel: Float[Array, "width experts"]
+) -> Float[Array, "*rows experts"]:
+    """A product in full float32, whatever the dtype of the experts."""
+    flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
+    product = jnp.matmul(flat, kernel, precision=jax.lax.Precision.HIGHEST)
+    return product.reshape(*rows.shape[:-1], kernel.shape[-1])
+
+
+def check_task(task: Array | int | None, num_tasks: int | None) -> None:
+    """Checks that a task is given exactly where a gate depends on it.
+
+    Args:
+      task: Index of the task, possibly traced, or None.
+      num_tasks: Number of tasks that the gate knows, None where it looks at none.
+
+    Raises:
+      ValueError: If it is missing, superfluous, or not one of them.
+    """
+    if (task is None) != (num_tasks is None):
+        raise ValueError(
+            f"task={task!r} does not fit num_tasks={num_tasks}: give a task "
+            "exactly where there is one router a task."
+        )
+    if isinstance(task, int) and not 0 <= task < (num_tasks or 0):
+        raise ValueError(
+            f"task={task} is not one of num_tasks={num_tasks} tasks; count from 0."
+        )
+
+
+class Gate(nn.Module):
+    """A linear map of the token without bias; with ``num_tasks``, one for each task.
+
+    One map a task over shared experts is the multi-gate of M³ViT (Fan et al., 2022)
+    and of Mod-Squad (Chen et al., 2023).
+
+    Attributes:
+      num_experts: Number of experts.
+      num_tasks: Number of maps, or None for one that all tasks share.
+      kernel_init: Initialiser of each map. Zeros leave the first choices to the noise,
+        so that experts start with equal load (Shazeer et al., 2017, appendix A).
+    """
+
+    num_experts: int
+    num_tasks: int | None = None
+    kernel_init: GateInit = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "groups tokens width"],
+        task: Int[Array, ""] | int | None = None,
+        condition: Float[Array, "groups tokens features"] | None = None,
+    ) -> Float[Array, "groups tokens experts"]:
+        """The logits; ``condition`` is not looked at.
+
+        Raises:
+          ValueError: If ``task`` does not fit ``num_tasks``.
+        """
+        del condition
+        check_task(task, self.num_tasks)
+        kernel = linear_kernel(
+            self, "kernel", tokens.shape[-1], self.num_experts, self.num_tasks
+        )
+        if task is not None:
+            kernel = jax.lax.dynamic_index_in_dim(kernel, task, keepdims=False)
+        return matmul_float32(tokens, kernel)
+
+
+def linear_kernel(
+    module: nn.Module, name: str, width: int, num_experts: int, num_tasks: int | None
+) -> Array:
+    """The gate's parameter ``[tasks, width, experts]``, or without ``tasks``."""
+    shape, names = (width, num_experts), ("embed", "expert_logits")
+    init: GateInit = module.kernel_init  # type: ignore[attr-defined]
+    if num_tasks is not None:
+        shape, names = (num_tasks, *shape), ("task", *names)
+        init = by_task(init)
+    return module.param(name, nn.with_logical_partitioning(init, names), shape)
+
+
+def by_task(init: GateInit) -> GateInit:
+    """Each task's own draw: an initialiser would take tasks for inputs."""
+
+    def initialise(key, shape, *rest):
+        keys = jax.random.split(key, shape[0])
+        return jnp.stack([init(key, shape[1:], *rest) for key in keys])
+
+    return initialise
+
+
+class TaskConditionedGate(nn.Module):
+    """A linear map of the token and an embedding of the task, shared by all tasks.
+
+    M³ViT's second gate (Fan et al., 2022): the task's one-hot vector goes through a
+    perceptron of two layers with ReLU, and is appended to each token. As released, the
+    perceptron has a GELU and a layer norm behind it instead.
+
+    Attributes:
+      num_experts: Number of experts.
+      num_tasks: Number of tasks.
+      task_features: Width of the task's embedding and of the layer before it.
+      as_released: Whether the perceptron is that of the released code.
+      kernel_init: Initialiser of the linear map.
+    """
+
+    num_experts: int
+    num_tasks: int | None = None
+    task_features: int = 64
+    as_released: bool = False
+    kernel_init: GateInit = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "groups tokens width"],
+        task: Int[Array, ""] | int | None = None,
+        condition: Float[Array, "groups tokens features"] | None = None,
+    ) -> Float[Array, "groups tokens experts"]:
+        """The logits; ``condition`` is not looked at.
+
+        Raises:
+          ValueError: If there is no task, or it is not one of ``num_tasks``.
+        """
+        del condition
+        if self.num_tasks is None:
+            raise ValueError(
+                "num_tasks=None, but a task-conditioned gate embeds the task; say how "
+                "many tasks there are."
+            )
+        check_task(task, self.num_tasks)
+        one_hot = jax.nn.one_hot(jnp.asarray(task), self.num_tasks, dtype=jnp.float32)
+        activation = jax.nn.gelu if self.as_released else jax.nn.relu
+        hidden = activation(_embed(self.task_features, "task_hidden")(one_hot))
+        embedding = _embed(self.task_features, "task_embedding")(hidden)
+        if self.as_released:
+            embedding = nn.LayerNorm(name="task_norm")(embedding)
+        width = tokens.shape[-1]
+        kernel = linear_kernel(self, "kernel", width, self.num_experts, None)
+        task_kernel = linear_kernel(
+            self, "task_kernel", self.task_features, self.num_experts, None
+        )
+        shift = matmul_float32(embedding[None], task_kernel)
+        return matmul_float32(tokens, kernel) + shift[None]
+
+
+def _embed(features: int, name: str) -> nn.Module:
+    return nn.Dense(
+        features,
+        kernel_init=nn.with_logical_partitioning(
+            nn.initializers.lecun_normal(), (None, None)
+        ),
+        name=name,
+    )
+
+
+class ConditionGate(nn.Module):
+    """A linear map of the example's condition alone, such as a timestep's embedding.
+
+    The gate of Switch-DiT (Park et al., 2024): ``Linear(SiLU(condition))``. All tokens
+    of an example go to the same experts.
+
+    Attributes:
+      num_experts: Number of experts.
+      num_tasks: None; the condition says all.
+      kernel_init: Initialiser of the linear map.
+    """
+
+    num_experts: int
+    num_tasks: int | None = None
+    kernel_init: GateInit = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "groups tokens width"],
+        task: Int[Array, ""] | int | None = None,
+        condition: Float[Array, "groups tokens features"] | None = None,
+    ) -> Float[Array, "groups tokens experts"]:
+        """The logits; of ``tokens`` only the shape matters.
+
+        Raises:
+          ValueError: If the condition is missing, or a task is given.
+        """
+        check_task(task, self.num_tasks)
+        if condition is None:
+            raise ValueError(
+                "condition=None, but this gate routes by the condition; give one "
+                "vector an example."
+            )
+        kernel = linear_kernel(
+            self, "kernel", condition.shape[-1], self.num_experts, None
+        )
+        bias_init = nn.with_logical_partitioning(
+            nn.initializers.zeros, ("expert_logits",)
+        )
+        bias = self.param("bias", bias_init, (self.num_experts,))
+        return matmul_float32(jax.nn.silu(condition), kernel) + bias
+
+
+MakeGate = Callable[..., nn.Module]
+"""Makes a gate, given ``num_experts``, ``num_tasks`` and ``name``."""

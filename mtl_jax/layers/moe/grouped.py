@@ -1,0 +1,266 @@
+"""Experts on sorted rows: a loop over blocks of rows, or grouped matrix products.
+
+An expert is a sequence of *stages*, pure functions of one expert's parameters and a
+block of rows. What passes between stages is kept for the backward pass; what is
+computed within one is computed again there, so a stage should begin cheaply and end
+with a matrix product.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+LARGEST_BLOCK = 512
+SMALLEST_BLOCK = 8
+
+Linear = Callable[[Array, PyTree], Array]
+"""``(rows, {"kernel", "bias"}) -> rows``; without ``bias`` where there is none."""
+
+Stage = Callable[[PyTree, PyTree, Linear], PyTree]
+"""``(parameters, rows, linear) -> rows``; every leaf has one row a row."""
+
+
+def linear(
+    rows: Float[Array, "*rows width"], parameters: PyTree
+) -> Float[Array, "*rows features"]:
+    """``rows @ kernel + bias`` of one expert, in the dtype of the rows."""
+    product = rows @ parameters["kernel"]
+    bias = parameters.get("bias")
+    return (
+        product
+        if bias is None
+        else product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
+    )
+
+
+def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """Sizes of the blocks that suit so many rows on so many experts.
+
+    The largest is at most an expert's share, the others a quarter each: large products
+    for most rows, and few empty rows at the end of each expert's.
+
+    Args:
+      num_rows: Assignments in all.
+      num_experts: Number of experts.
+
+    Returns:
+      The sizes, descending; each is a multiple of the next.
+    """
+    share = max(num_rows // num_experts, SMALLEST_BLOCK)
+    size = min(2 ** int(math.log2(share)), LARGEST_BLOCK)
+    sizes = [size]
+    while len(sizes) < 3 and sizes[-1] // 4 >= SMALLEST_BLOCK:
+        sizes.append(sizes[-1] // 4)
+    return tuple(sizes)
+
+
+def apply_blocks(
+    stages: Sequence[Stage],
+    parameters: PyTree,
+    rows: Float[Array, "rows width"],
+    count: Int[Array, " experts"],
+    sizes: tuple[int, ...],
+) -> Float[Array, "rows features"]:
+    """Applies each expert to its own rows, block by block.
+
+    The number of blocks is that of the rows that are there, so that uneven load costs
+    no more than even load. Can be differentiated in reverse mode alone.
+
+    Args:
+      stages: What an expert does.
+      parameters: Its parameters, with a leading axis over experts.
+      rows: Rows sorted by expert, zero where padded.
+      count: Rows of each expert, a multiple of the smallest block size.
+      sizes: Sizes of blocks, descending, each a multiple of the next.
+
+    Returns:
+      The experts' outputs; zero behind the last expert's rows.
+    """
+    return _apply_blocks(tuple(stages), tuple(sizes), parameters, rows, count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply_blocks(stages, sizes, parameters, rows, count):
+    return _forward(stages, sizes, parameters, rows, count)[0]
+
+
+def _forward(stages, sizes, parameters, rows, count):
+    def body(block: "_Block", outputs: list[PyTree]) -> list[PyTree]:
+        mine = block.expert_of(parameters)
+        value, written = block.of(rows), []
+        for stage, output in zip(stages, outputs, strict=True):
+            value = stage(mine, value, linear)
+            written.append(block.write(output, value))
+        return written
+
+    # What passes between stages is kept; the last is the result.
+    outputs = _over_blocks(sizes, count, body, _stage_outputs(stages, parameters, rows))
+    return outputs[-1], (parameters, rows, outputs[:-1], count)
+
+
+def _backward(stages, sizes, residuals, cotangent):
+    parameters, rows, between, count = residuals
+    inputs = [rows, *between]
+
+    def body(block: "_Block", carry):
+        rows_gradient, gradients = carry
+        mine = block.expert_of(parameters)
+        pulled, mine_gradient = block.of(cotangent), None
+        for stage, value in zip(reversed(stages), reversed(inputs), strict=True):
+            _, pull_back = jax.vjp(
+                lambda mine, value, stage=stage: stage(mine, value, linear),
+                mine,
+                block.of(value),
+            )
+            gradient, pulled = pull_back(pulled)
+            mine_gradient = (
+                gradient
+                if mine_gradient is None
+                else jax.tree.map(jnp.add, mine_gradient, gradient)
+            )
+        return (
+            block.write(rows_gradient, pulled),
+            block.add_to_expert(gradients, mine_gradient),
+        )
+
+    rows_gradient, gradients = _over_blocks(
+        sizes,
+        count,
+        body,
+        (_zeros_like(rows), _zeros_like(parameters)),
+    )
+    return gradients, rows_gradient, None
+
+
+_apply_blocks.defvjp(_forward, _backward)
+
+
+class _Block:
+    """One block: which rows, and whose they are."""
+
+    def __init__(self, size: int, start: Array, expert: Array):
+        self.size, self.start, self.expert = size, start, expert
+
+    def of(self, rows: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda r: jax.lax.dynamic_slice_in_dim(r, self.start, self.size), rows
+        )
+
+    def write(self, rows: PyTree, block: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda r, b: jax.lax.dynamic_update_slice_in_dim(r, b, self.start, 0),
+            rows,
+            block,
+        )
+
+    def expert_of(self, parameters: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda p: jax.lax.dynamic_index_in_dim(p, self.expert, keepdims=False),
+            parameters,
+        )
+
+    def add_to_expert(self, totals: PyTree, added: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda total, more: jax.lax.dynamic_update_index_in_dim(
+                total,
+                jax.lax.dynamic_index_in_dim(total, self.expert, keepdims=False) + more,
+                self.expert,
+                0,
+            ),
+            totals,
+            added,
+        )
+
+
+def _over_blocks(
+    sizes: tuple[int, ...],
+    count: Int[Array, " experts"],
+    body: Callable[[_Block, Any], Any],
+    carry: Any,
+) -> Any:
+    """Runs ``body`` for every block, those of the largest size first."""
+    start = jnp.cumsum(count) - count
+    left = count
+    for size in sizes:
+        blocks = left // size
+        last = jnp.cumsum(blocks)
+
+        def one(i, carry, size=size, blocks=blocks, last=last, start=start):
+            expert = jnp.sum(last <= i, dtype=jnp.int32)
+            earlier = last[expert] - blocks[expert]
+            block = _Block(size, start[expert] + (i - earlier) * size, expert)
+            return body(block, carry)
+
+        carry = jax.lax.fori_loop(0, last[-1], one, carry)
+        start, left = start + blocks * size, left - blocks * size
+    return carry
+
+
+def _stage_outputs(
+    stages: Sequence[Stage], parameters: PyTree, rows: Array
+) -> list[PyTree]:
+    """Zeros of the shape of what every stage gives for all rows."""
+    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), parameters)
+    value: PyTree = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+    outputs = []
+    for stage in stages:
+        value = jax.eval_shape(
+            lambda mine, value, stage=stage: stage(mine, value, linear), one, value
+        )
+        outputs.append(_zeros_like(value))
+    return outputs
+
+
+def _zeros_like(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def expert_of_row(count: Int[Array, " experts"], num_rows: int) -> Int[Array, " rows"]:
+    """Expert of each sorted row; that of the last expert behind all rows."""
+    row = jnp.arange(num_rows, dtype=count.dtype)
+    index = jnp.searchsorted(jnp.cumsum(count), row, side="right")
+    return jnp.minimum(index, count.size - 1)
+
+
+GroupedMatmul = Callable[[Array, Array, Array], Array]
+"""``(rows [R, i], kernels [E, i, o], rows of each expert [E]) -> rows [R, o]``."""
+
+
+def apply_matmuls(
+    stages: Sequence[Stage],
+    parameters: PyTree,
+    rows: Float[Array, "rows width"],
+    count: Int[Array, " experts"],
+    grouped_matmul: GroupedMatmul,
+) -> Float[Array, "rows features"]:
+    """Applies each expert to its own rows by matrix products of all experts at once.
+
+    Args:
+      stages: What an expert does, with all its parameters used by ``linear``.
+      parameters: Its parameters, with a leading axis over experts.
+      rows: Rows sorted by expert.
+      count: Rows of each expert.
+      grouped_matmul: Multiplies each row with the kernel of its expert.
+
+    Returns:
+      The experts' outputs; zero behind the last expert's rows.
+    """
+    owner = expert_of_row(count, rows.shape[0])
+    there = jnp.arange(rows.shape[0]) < jnp.sum(count)
+
+    def of_all_experts(values: Array, weights: PyTree) -> Array:
+        product = grouped_matmul(values, weights["kernel"], count)
+        if "bias" in weights:
+            product = product + weights["bias"][owner]
+        # What kernels leave behind the last row is not defined.
+        return jnp.where(there[:, None], product, 0)
+
+    value: PyTree = rows
+    for stage in stages:
+        value = stage(parameters, value, of_all_experts)
+    return value

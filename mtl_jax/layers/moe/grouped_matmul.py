@@ -1,0 +1,105 @@
+"""Products of rows sorted by expert with the kernels of their experts.
+
+Which is fast depends on the platform: `ragged_dot` multiplies every row with every
+kernel on a CPU and, unless told otherwise, on NVIDIA GPUs, and so does the gradient of
+its kernels on a TPU; Megablox multiplies each row once in all three products there.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jaxtyping import Array, Float, Int
+
+TILE = 512
+
+
+def ragged_dot(
+    rows: Float[Array, "rows width"],
+    kernel: Float[Array, "experts width features"],
+    count: Int[Array, " experts"],
+) -> Float[Array, "rows features"]:
+    """``jax.lax.ragged_dot``."""
+    return jax.lax.ragged_dot(rows, kernel, count)
+
+
+def megablox(
+    rows: Float[Array, "rows width"],
+    kernel: Float[Array, "experts width features"],
+    count: Int[Array, " experts"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "rows features"]:
+    """The Pallas kernel for TPUs that JAX has (MegaBlocks; Gale et al., 2023).
+
+    Args:
+      rows: Rows sorted by expert.
+      kernel: One kernel an expert.
+      count: Rows of each expert.
+      interpret: Whether to emulate it on another platform.
+    """
+    num_rows = rows.shape[0]
+    tile = min(TILE, num_rows)
+    rows = jnp.pad(rows, ((0, -num_rows % tile), (0, 0)))
+    # Rows behind the last expert's go to it, so that all groups add up to all rows.
+    count = count.at[-1].add(rows.shape[0] - jnp.sum(count))
+    product: Array = _megablox(interpret, rows, kernel, count)
+    return product[:num_rows]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _megablox(interpret, rows, kernel, count):
+    return _gmm(rows, kernel, count, interpret=interpret)
+
+
+def _megablox_forward(interpret, rows, kernel, count):
+    return _megablox(interpret, rows, kernel, count), (rows, kernel, count)
+
+
+def _megablox_backward(interpret, residuals, cotangent):
+    rows, kernel, count = residuals
+    rows_gradient = _gmm(
+        cotangent, kernel, count, transpose_rhs=True, interpret=interpret
+    )
+    with _their_promotion():
+        kernel_gradient = tgmm(
+            rows.swapaxes(0, 1),
+            cotangent,
+            count,
+            kernel.dtype,
+            _tiling(rows, kernel.shape[2]),
+            interpret=interpret,
+        )
+    return rows_gradient, kernel_gradient, None
+
+
+_megablox.defvjp(_megablox_forward, _megablox_backward)
+
+
+def _gmm(rows, kernel, count, *, transpose_rhs: bool = False, interpret: bool):
+    features = kernel.shape[1 if transpose_rhs else 2]
+    with _their_promotion():
+        return gmm(
+            rows,
+            kernel,
+            count,
+            rows.dtype,
+            _tiling(rows, features),
+            transpose_rhs=transpose_rhs,
+            interpret=interpret,
+        )
+
+
+def _tiling(rows: Array, features: int) -> tuple[int, int, int]:
+    num_rows, width = rows.shape
+    return min(TILE, num_rows), min(TILE, width), min(TILE, features)
+
+
+@contextlib.contextmanager
+def _their_promotion() -> Iterator[None]:
+    """The kernels mix types and ranks, whatever the program around them allows."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
