@@ -1,6 +1,7 @@
 """Patches: images to tokens and back."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -116,24 +117,33 @@ def _cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def resize_positions(
-    positions: Float[Array, "rows columns width"], rows: int, columns: int
+    positions: Float[Array, "rows columns width"],
+    rows: int,
+    columns: int,
+    *,
+    antialias: bool = False,
 ) -> Float[Array, "rows columns width"]:
     """Learned position embeddings for a grid of another size, by bicubic interpolation.
 
-    It is what PyTorch's ``interpolate`` does with ``mode="bicubic"`` and neither
-    antialiasing nor aligned corners, by which ViT, DeiT, DINOv2 and CLIP take images of
-    other sizes in the transformers library.
+    It is what PyTorch's ``interpolate`` does with ``mode="bicubic"`` and corners that
+    are not aligned. So ViT, DeiT, DINOv2 and CLIP take images of other sizes in the
+    transformers library; DINOv2 with registers, and timm, antialias too.
 
     Args:
       positions: The embeddings of a grid.
       rows: Height of the new grid.
       columns: Its width.
+      antialias: Whether to take out what a smaller grid cannot hold. The kernel is then
+        that with a = -0.5, also for a larger grid.
 
     Returns:
       Those of the new grid; ``positions`` itself if the size is the same.
     """
     if positions.shape[:2] == (rows, columns):
         return positions
+    if antialias:
+        shape = (rows, columns, positions.shape[2])
+        return jax.image.resize(positions, shape, "cubic", precision="highest")
     return jnp.einsum(
         "rh,hwd,cw->rcd",
         _cubic_weights(positions.shape[0], rows),

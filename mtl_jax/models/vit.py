@@ -122,6 +122,7 @@ class VisionTransformer(nn.Module):
       position_grid: Rows and columns of learned position embeddings, resized to the
         grid of each image (`mtl_jax.layers.patch.resize_positions`); None for fixed
         sine-cosine ones.
+      antialias_positions: Whether resizing takes out what a smaller grid cannot hold.
       pre_norm: Whether a layer norm precedes the blocks, as in CLIP.
       final_norm: Whether one follows them.
       remat: Whether to recompute each block in the backward pass.
@@ -144,6 +145,7 @@ class VisionTransformer(nn.Module):
     class_token: Literal["absent", "inside", "appended"] = "absent"
     num_registers: int = 0
     position_grid: tuple[int, int] | None = None
+    antialias_positions: bool = False
     pre_norm: bool = False
     final_norm: bool = True
     remat: bool = False
@@ -224,7 +226,10 @@ class VisionTransformer(nn.Module):
                 "None for sine-cosine positions"
             )
         return resize_positions(
-            self._learned("positions", (*self.position_grid, self.width)), rows, columns
+            self._learned("positions", (*self.position_grid, self.width)),
+            rows,
+            columns,
+            antialias=self.antialias_positions,
         )
 
     def _extra_tokens(self) -> Float[Array, "tokens width"]:

@@ -1,0 +1,82 @@
+import functools
+
+import fiddle as fdl
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures import FOLDER, expected
+
+from mtl_jax.layers.heads import Classification
+from mtl_jax.layers.patch import resize_positions
+from mtl_jax.models import MultitaskModel
+from mtl_jax.models.pretrained import convert_dinov2, load_huggingface, warm_start
+
+LOAD = functools.partial(
+    load_huggingface, FOLDER / "dinov2_with_registers", convert_dinov2
+)
+IMAGES = jax.ShapeDtypeStruct((1, 6, 6, 3), jnp.uint8)
+
+
+def model(**changes):
+    trunk = LOAD().trunk
+    for name, value in changes.items():
+        setattr(trunk, name, value)
+    return MultitaskModel(fdl.build(trunk), {"digit": Classification(3)})
+
+
+@functools.cache
+def fresh(**changes):
+    init = jax.jit(lambda key: model(**changes).init(key, {"digit": IMAGES}))
+    return nn.unbox(init(jax.random.key(0)))
+
+
+def test_the_trunk_is_published_and_heads_stay_fresh():
+    params = warm_start(fresh(), load=LOAD)
+    jax.tree.map(np.testing.assert_array_equal, params["heads"], fresh()["heads"])
+    golden = expected("dinov2_with_registers")
+    output = model().apply_trunk(
+        jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params["trunk"]),
+        golden["trained/images"],
+        ("digit",),
+        train=False,
+    )
+    np.testing.assert_allclose(
+        output.features[0], golden["trained/patches"], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_leaves_stay_on_the_host_until_they_are_placed():
+    leaves = jax.tree.leaves(warm_start(fresh(), load=LOAD)["trunk"])
+    assert {type(leaf) for leaf in leaves} == {np.ndarray}
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+
+
+def test_positions_are_resized_to_the_trunks_grid():
+    params = fresh(position_grid=(2, 5))
+    started = warm_start(params, load=LOAD)["trunk"]["positions"]
+    positions = jnp.asarray(LOAD().params["positions"])
+    resized = resize_positions(positions, 2, 5, antialias=True)
+    np.testing.assert_allclose(started, resized, rtol=1e-6)
+    # As it is checked before a run, by shapes alone.
+    shapes = jax.eval_shape(functools.partial(warm_start, load=LOAD), params)
+    assert shapes["trunk"]["positions"].shape == (2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 3}, "the file lacks: block_2/attention/key/bias, .*; take the"),
+        ({"depth": 1}, "the trunk lacks: block_1/attention_norm/scale, "),
+        (
+            {"mlp_ratio": 3.0},
+            r"of other sizes: block_0/mlp/down/kernel \(\(16, 8\) in the file, "
+            r"\(24, 8\) in the trunk\)",
+        ),
+        ({"position_grid": None}, "the trunk lacks: positions; take the fields"),
+    ],
+)
+def test_another_trunk_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        warm_start(fresh(**changes), load=LOAD)
