@@ -15,6 +15,9 @@ from mtl_jax.data.source import Record, Source
 
 Augment = Callable[[Record, np.random.Generator], Record]
 
+Rows = Callable[[int], np.ndarray]
+"""Number of examples -> positions of those that this process reads, ascending."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Component:
@@ -120,12 +123,16 @@ class _Indexed:
 
 
 class _FixedShares(grain.transforms.DatasetSelectionMap):
-    """Interleaves data sets so that every batch holds the same share of each."""
+    """Interleaves data sets so that every batch holds the same share of each.
 
-    def __init__(self, shares: Sequence[int]):
+    Of each share, only the rows of this process are drawn.
+    """
+
+    def __init__(self, shares: Sequence[int], rows: Rows):
         self._shares = tuple(shares)
-        self._parent = np.repeat(np.arange(len(shares)), shares)
-        self._offset = np.concatenate([np.arange(share) for share in shares])
+        offsets = [rows(share) for share in shares]
+        self._parent = np.repeat(np.arange(len(shares)), [len(o) for o in offsets])
+        self._offset = np.concatenate(offsets)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -142,6 +149,7 @@ def training_batches(
     seed: int,
     multiple_of: int = 1,
     prefetch: int = 4,
+    rows: Rows = np.arange,
 ) -> grain.DatasetIterator:
     """An endless, deterministic, checkpointable iterator over training batches.
 
@@ -154,20 +162,26 @@ def training_batches(
       seed: Seed of shuffling and augmentation.
       multiple_of: See `Mixture.examples_per_batch`.
       prefetch: Batches that a background thread keeps ready.
+      rows: Which of each source's examples of a batch this process reads, in a run of
+        several processes; all by default. No other records are read.
 
     Returns:
-      A Grain iterator of `Batch`; its state is a small JSON document.
+      A Grain iterator of `Batch`; its state is a small JSON document, and the same in
+      all processes.
     """
     shares = mixture.examples_per_batch(multiple_of)
+    lengths = {name: len(rows(share)) for name, share in shares.items()}
     collate = functools.partial(
-        _collate, mixture=mixture, shares=shares, target_fields=target_fields
+        _collate, mixture=mixture, lengths=lengths, target_fields=target_fields
     )
     parents = [
         _shuffled(mixture.components[name], _seed(seed, name)) for name in shares
     ]
     return iter(
-        grain.MapDataset.select_from_datasets(parents, _FixedShares([*shares.values()]))
-        .batch(sum(shares.values()), batch_fn=collate)
+        grain.MapDataset.select_from_datasets(
+            parents, _FixedShares([*shares.values()], rows)
+        )
+        .batch(sum(lengths.values()), batch_fn=collate)
         .to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
         )
@@ -191,18 +205,18 @@ def _shuffled(component: Component, seed: int) -> grain.MapDataset:
 def _collate(
     records: Sequence[tuple[int, Record]],
     mixture: Mixture,
-    shares: Mapping[str, int],
+    lengths: Mapping[str, int],
     target_fields: Mapping[str, str],
 ) -> Batch:
     batch, start = {}, 0
-    for name, share in shares.items():
+    for name, length in lengths.items():
         component = mixture.components[name]
         batch[name] = stack_records(
-            records[start : start + share],
+            records[start : start + length],
             component.input_field,
             {task: target_fields[task] for task in component.tasks},
         )
-        start += share
+        start += length
     return batch
 
 
@@ -211,21 +225,31 @@ def evaluation_batches(
     target_fields: Mapping[str, str],
     batch_size: int,
     num_examples: int | None = None,
+    rows: Rows = np.arange,
 ) -> Iterator[Examples]:
     """The test records of one data set in order, the last batch padded and masked.
 
     Args:
       component: The data set.
       target_fields: Task name -> record field of its target.
-      batch_size: Examples in each batch.
+      batch_size: Examples in each batch, over all processes.
       num_examples: How many records to use; all by default.
+      rows: Which examples of a batch this process reads; all by default.
 
     Yields:
-      `Examples` of exactly ``batch_size``.
+      `Examples` of exactly ``batch_size``, or the rows of this process.
     """
     fields = {task: target_fields[task] for task in component.tasks}
     total = min(len(component.test), num_examples or len(component.test))
+    here = rows(batch_size)
     for start in range(0, total, batch_size):
-        stop = min(start + batch_size, total)
-        records = [(i, component.test[i]) for i in range(start, stop)]
-        yield stack_records(records, component.input_field, fields, batch_size)
+        number = min(batch_size, total - start)
+        # Padding repeats the records of the batch, each of which is read once.
+        indices = start + here % number
+        records = {int(i): component.test[int(i)] for i in np.unique(indices)}
+        examples = stack_records(
+            [(int(i), records[int(i)]) for i in indices], component.input_field, fields
+        )
+        yield dataclasses.replace(
+            examples, mask=dict.fromkeys(fields, np.asarray(here < number))
+        )

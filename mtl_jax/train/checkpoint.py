@@ -1,6 +1,7 @@
 """Checkpoints: training state and data position together, written by Orbax."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from grain import checkpoint as grain_checkpoint
 
 from mtl_jax.sharding.rules import path_name
 from mtl_jax.train.run_folder import RunFolderError
@@ -39,7 +39,8 @@ class Checkpoints:
             ),
             item_handlers={  # type: ignore[arg-type]
                 "state": ocp.StandardCheckpointHandler(),
-                "data": grain_checkpoint.CheckpointHandler(),
+                # Of all processes the same, so that any number of them can go on.
+                "data": ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -65,7 +66,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_as_pytree(state)),  # type: ignore[call-arg]
-                data=grain_checkpoint.CheckpointSave(data),  # type: ignore[call-arg]
+                data=ocp.args.JsonSave(data.get_state()),  # type: ignore[call-arg]
             ),
         )
 
@@ -104,12 +105,10 @@ class Checkpoints:
           RunFolderError: If the checkpoint is damaged.
         """
         with self._explained(step):
-            self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    data=grain_checkpoint.CheckpointRestore(data)  # type: ignore[call-arg]
-                ),
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
             )
+            data.set_state(restored["data"])
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -157,11 +156,7 @@ class Checkpoints:
 def _as_pytree(state: TrainState) -> dict:
     """The state as the containers that Orbax names in its files."""
     return {
-        "step": state.step,
-        "params": state.params,
-        "aggregator_state": state.aggregator_state,
-        "optimizer_state": state.optimizer_state,
-        "key": state.key,
+        field.name: getattr(state, field.name) for field in dataclasses.fields(state)
     }
 
 

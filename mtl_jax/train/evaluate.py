@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.data.batch import Examples
-from mtl_jax.data.mixture import Mixture, evaluation_batches
+from mtl_jax.data.mixture import evaluation_batches
 from mtl_jax.models.multitask import repeat
 from mtl_jax.tasks.metrics import element_mask
 from mtl_jax.train.objective import Objective
+from mtl_jax.train.program import Program
 
 Evaluate = Callable[[Mapping, int | None], dict[str, dict[str, Any]]]
 
@@ -36,29 +37,22 @@ def make_predict(objective: Objective, source: str) -> Callable:
     return predict
 
 
-def make_evaluate(
-    objective: Objective,
-    mixture: Mixture,
-    batch_size: int,
-    place: Callable[[Examples], Examples],
-) -> Evaluate:
+def make_evaluate(program: Program) -> Evaluate:
     """Compiles the evaluation of a model.
 
     Args:
-      objective: Tasks and model.
-      mixture: Whose test records to use.
-      batch_size: Examples in each evaluation batch.
-      place: Puts examples on the devices.
+      program: What is trained, and on which devices.
 
     Returns:
       A function of the parameters and the number of test records of each source to
       use (None for all) to ``{task: {"loss": value, metric: value, ...,
-      "constant_predictor": {metric: value}}}``.
+      "constant_predictor": {metric: value}}}``, the same in all processes.
     """
+    objective, experiment = program.objective, program.experiment
     tasks = {task.name: task for task in objective.tasks}
     fields = {task.name: task.field for task in objective.tasks}
 
-    def sums(predict: Callable, params: Mapping, examples: Examples) -> dict:
+    def add_up(predict: Callable, params: Mapping, examples: Examples) -> dict:
         result = {}
         for name, prediction in predict(params, examples.inputs).items():
             target, mask = examples.targets[name], examples.mask[name]
@@ -76,19 +70,28 @@ def make_evaluate(
         return result
 
     compiled = {
-        source: jax.jit(functools.partial(sums, make_predict(objective, source)))
+        source: jax.jit(
+            functools.partial(add_up, make_predict(objective, source)),
+            out_shardings=program.replicated,
+        )
         for source in objective.labels
     }
 
     def evaluate(params: Mapping, num_examples: int | None = None):
         totals: dict[str, Any] = {}
         for source, function in compiled.items():
-            component = mixture.components[source]
+            component = experiment.mixture.components[source]
             source_fields = {task: fields[task] for task in component.tasks}
             for examples in evaluation_batches(
-                component, source_fields, batch_size, num_examples
+                component,
+                source_fields,
+                experiment.evaluation_batch_size,
+                num_examples,
+                program.local_rows,
             ):
-                parts = jax.device_get(function(params, place(examples)))
+                with program.scope():
+                    sums = function(params, program.place(examples))
+                parts = jax.device_get(sums)
                 for task, part in parts.items():
                     part = jax.tree.map(lambda x: np.asarray(x, np.float64), part)
                     totals[task] = (

@@ -13,8 +13,9 @@ import jax
 from rich.console import Console
 
 from mtl_jax.data.mixture import training_batches
+from mtl_jax.sharding.distributed import is_main
 from mtl_jax.train.checkpoint import Checkpoints
-from mtl_jax.train.evaluate import Evaluate, make_evaluate
+from mtl_jax.train.evaluate import make_evaluate
 from mtl_jax.train.experiment import Experiment
 from mtl_jax.train.program import Program, count_parameters
 from mtl_jax.train.progress import ProgressDisplay
@@ -58,14 +59,17 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
         state, batches, timings = _start_or_continue(
             program, checkpoints, folder, started
         )
-        evaluate = _evaluation(program)
-        Console().print("compiling the training step ...")
+        evaluate = make_evaluate(program)
+        console = Console(quiet=not is_main())
+        console.print("compiling the training step ...")
         compile_started = time.monotonic()
         step, flops = program.compile_step()
         compile_seconds = time.monotonic() - compile_started
         first_step = int(state.step)
         headlines = {task.name: task.metrics[0].name for task in experiment.tasks}
-        with ProgressDisplay(headlines, experiment.num_steps, first_step) as display:
+        with ProgressDisplay(
+            headlines, experiment.num_steps, first_step, console
+        ) as display:
             loop = _Loop(program, step, evaluate, checkpoints, folder, display, timings)
             state = loop.run(state, batches)
         scores = loop.final_scores or evaluate(state.params, None)
@@ -128,7 +132,7 @@ def evaluate_run(
         state = checkpoints.restore_state(chosen, program.fresh_state())
     finally:
         checkpoints.close()
-    scores = _evaluation(program)(state.params, None)
+    scores = make_evaluate(program)(state.params, None)
     return chosen, _task_results(program.experiment, scores)
 
 
@@ -141,6 +145,7 @@ def _start_or_continue(
         {task.name: task.field for task in experiment.tasks},
         experiment.seed,
         program.share_multiple,
+        rows=program.local_rows,
     )
     latest = checkpoints.latest_step
     folder.truncate(METRICS, latest or 0)
@@ -151,22 +156,6 @@ def _start_or_continue(
     state = checkpoints.restore_state(latest, program.fresh_state())
     checkpoints.restore_data(latest, batches)
     return state, batches, timings
-
-
-def _evaluation(program: Program) -> Evaluate:
-    experiment = program.experiment
-    evaluate = make_evaluate(
-        program.objective,
-        experiment.mixture,
-        experiment.evaluation_batch_size,
-        program.place,
-    )
-
-    def in_scope(params: Mapping, num_examples: int | None) -> dict:
-        with program.scope():
-            return evaluate(params, num_examples)
-
-    return in_scope
 
 
 class _Loop:

@@ -9,12 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax.data.batch import Batch
 from mtl_jax.data.mixture import stack_records
 from mtl_jax.optim import Aggregator, Balancer, from_balancer
 from mtl_jax.sharding import make_mesh, param_shardings, spec
+from mtl_jax.sharding.distributed import local_rows
 from mtl_jax.sharding.rules import is_boxed
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.flops import count_flops
@@ -60,9 +61,25 @@ class Program:
         """Examples are split over the mesh axes of the rule ``batch``."""
         return NamedSharding(self.mesh, spec(self.experiment.rules, ("batch",)))
 
+    @property
+    def replicated(self) -> NamedSharding:
+        """Every device, and so every process, holds the whole of an array."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def local_rows(self, num_examples: int) -> np.ndarray:
+        """Positions of the examples that this process reads, of ``num_examples``."""
+        return local_rows(self.batch_sharding, num_examples)
+
     def place(self, examples: Any) -> Any:
-        """Puts a batch, or a part of one, on the devices."""
-        return jax.device_put(examples, self.batch_sharding)
+        """Puts a batch, or a part of one, on the devices.
+
+        Args:
+          examples: Pytree of arrays ``[examples, ...]`` with the rows of this process.
+
+        Returns:
+          Global arrays with the rows of all processes.
+        """
+        return jax.make_array_from_process_local_data(self.batch_sharding, examples)
 
     def abstract_batch(self) -> Batch:
         """Shapes, types and shardings of a training batch."""
@@ -96,25 +113,29 @@ class Program:
 
     def fresh_state(self) -> TrainState:
         """A state of fresh parameters, every array created where it belongs."""
-        init = jax.jit(
-            lambda key: nn.unbox(self.init(key)), out_shardings=self.state_shardings
-        )
-        return init(jax.random.key(self.experiment.seed))
+        return self._state()
 
     def init_state(self) -> TrainState:
         """The state that a run starts from: fresh, unless ``initialize`` changes it."""
         initialize = self.experiment.initialize
         if initialize is None:
-            return self.fresh_state()
+            return self._state()
         params = initialized(
-            initialize, self.fresh_state().params, self.state_shardings.params
+            initialize, self._state().params, self.state_shardings.params
         )
         # What optimizers and aggregators keep may depend on the parameters.
+        return self._state(params)
+
+    def _state(self, *params: Any) -> TrainState:
         init = jax.jit(
-            lambda *arguments: nn.unbox(self.init(*arguments)),
+            lambda data, *params: nn.unbox(
+                self.init(jax.random.wrap_key_data(data), *params)
+            ),
             out_shardings=self.state_shardings,
         )
-        return init(jax.random.key(self.experiment.seed), params)
+        # As an array of NumPy's it is the same on the devices of all processes.
+        key = jax.random.key(self.experiment.seed)
+        return init(np.asarray(jax.random.key_data(key)), *params)
 
     def compile_step(self) -> tuple[jax.stages.Compiled, int]:
         """The compiled step ``(state, batch) -> (state, metrics)`` and its FLOPs.
@@ -130,7 +151,9 @@ class Program:
         )
         with self.scope():
             traced = jax.jit(
-                self.step, donate_argnums=0, out_shardings=(self.state_shardings, None)
+                self.step,
+                donate_argnums=0,
+                out_shardings=(self.state_shardings, self.replicated),
             ).trace(state, self.abstract_batch())
             return traced.lower().compile(), count_flops(traced.jaxpr)
 
@@ -149,13 +172,8 @@ def build_program(
 
     Raises:
       ValueError: If the mesh does not divide the devices, the experts or the shares
-        of the sources, or there are several processes.
+        of the sources.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"there are {jax.process_count()} processes; training runs on the devices "
-            "of one host"
-        )
     devices = jax.devices() if devices is None else devices
     shape = MeshShape(1) if len(devices) == 1 else experiment.mesh
     mesh = make_mesh(**dataclasses.asdict(shape), devices=devices)

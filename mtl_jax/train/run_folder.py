@@ -22,13 +22,18 @@ class RunFolder:
 
     Args:
       path: The folder; made if absent.
+      writes: Whether this process writes; of several that run together, one does, and
+        what the others would write is dropped.
 
     Raises:
       RunFolderError: If the folder cannot be made or written.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, writes: bool = True):
         self.path = path
+        self._writes = writes
+        if not writes:
+            return
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
@@ -43,6 +48,8 @@ class RunFolder:
     def write_json(self, name: str, document: Mapping[str, Any]) -> None:
         """Writes a document whole or not at all."""
         text = json.dumps(document, indent=1, allow_nan=False)
+        if not self._writes:
+            return
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text + "\n")
         os.replace(temporary, self.path / name)
@@ -71,8 +78,10 @@ class RunFolder:
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Adds one line of JSON to a log; numbers that are not finite become null."""
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(to_json(line), allow_nan=False) + "\n")
+        text = json.dumps(to_json(line), allow_nan=False)
+        if self._writes:
+            with (self.path / name).open("a") as file:
+                file.write(text + "\n")
 
     def truncate(self, name: str, last_step: int) -> list[dict[str, Any]]:
         """Drops the lines of a log after ``last_step``, a half-written one included.
@@ -101,9 +110,10 @@ class RunFolder:
                 break
             text += line
             kept.append(record)
-        temporary = path.with_name(f".{name}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        if self._writes:
+            temporary = path.with_name(f".{name}.tmp")
+            temporary.write_text(text)
+            os.replace(temporary, path)
         return kept
 
 

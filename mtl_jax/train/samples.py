@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mtl_jax.data.mixture import Component, evaluation_batches
+from mtl_jax.sharding.distributed import is_main
 from mtl_jax.train.evaluate import make_predict
 from mtl_jax.train.program import Program
 
@@ -18,7 +19,8 @@ def write_samples(path: Path, program: Program, params: Mapping) -> None:
     """Saves test inputs with their targets and predictions.
 
     Of a source with dense targets, examples spread evenly over the test records; of
-    one with labels for whole images, the first that any task gets wrong.
+    one with labels for whole images, the first that any task gets wrong. All processes
+    take part; the first one writes.
 
     Args:
       path: The ``.npz`` file to write: ``source/image``, ``source/task/target`` and
@@ -30,6 +32,8 @@ def write_samples(path: Path, program: Program, params: Mapping) -> None:
     for source in program.objective.labels:
         for name, array in _source_samples(program, params, source).items():
             arrays[f"{source}/{name}"] = array
+    if not is_main():
+        return
     temporary = path.with_name(f".{path.name}")
     np.savez_compressed(temporary, **arrays)
     # NumPy adds the suffix that a hidden name has already.
@@ -43,16 +47,22 @@ def _source_samples(
     component: Component = experiment.mixture.components[source]
     fields = {task.name: task.field for task in experiment.tasks}
     fields = {task: fields[task] for task in component.tasks}
-    predict = jax.jit(make_predict(program.objective, source))
+    predict = make_predict(program.objective, source)
+    # Every process gets the rows of all.
+    show = jax.jit(
+        lambda params, examples: (examples, predict(params, examples.inputs)),
+        out_shardings=program.replicated,
+    )
     collected: dict[str, list[np.ndarray]] = {}
     with program.scope():
-        for examples in evaluation_batches(
-            component, fields, experiment.evaluation_batch_size
+        for local in evaluation_batches(
+            component,
+            fields,
+            experiment.evaluation_batch_size,
+            rows=program.local_rows,
         ):
+            examples, predictions = jax.device_get(show(params, program.place(local)))
             real = next(iter(examples.mask.values()))
-            predictions = jax.device_get(
-                predict(params, program.place(examples.inputs))
-            )
             parts = {"image": examples.inputs}
             for task, prediction in predictions.items():
                 target = examples.targets[task]

@@ -1,0 +1,173 @@
+"""Several processes, one a host, that work as one.
+
+Every process runs the same program. It reads its own rows of every batch, and computes
+on its own devices what they hold of every global array. Process 0 alone writes.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Int
+
+CONNECT_SECONDS = 300
+"""How long a process waits for the others when it starts."""
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_seconds: float = CONNECT_SECONDS,
+) -> None:
+    """Joins this process with the others; must come before JAX sees its devices.
+
+    Without arguments, JAX asks the cluster that it runs on: Cloud TPU, GKE, SLURM and
+    Open MPI. Elsewhere all three are needed.
+
+    Args:
+      coordinator: ``host:port`` of process 0, which listens there; the same for all.
+      num_processes: How many processes there are.
+      process_id: Which one this is, from 0.
+      timeout_seconds: How long to wait for the others.
+
+    Raises:
+      ValueError: If the arguments are incomplete or out of range, there is no cluster
+        that JAX knows, the port of process 0 is taken, or not all processes come.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(value is not None for value in given):
+        _check_address(coordinator, num_processes, process_id)
+    failures: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                *given,
+                cluster_detection_method="deactivate" if coordinator else None,
+                # JAX kills the process when its own time is over.
+                initialization_timeout=int(timeout_seconds) + 60,
+            )
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    if thread.is_alive():
+        which = (
+            f"process {process_id} of {num_processes}"
+            if coordinator
+            else "this process"
+        )
+        raise ValueError(
+            f"{which} waited {timeout_seconds:.0f} s for the others at "
+            f"{coordinator or 'the coordinator of the cluster'}; start all of them, "
+            "with the same coordinator, an address of process 0 that all can reach"
+        )
+    if failures:
+        if not coordinator and "should be defined" in str(failures[0]):
+            raise ValueError(
+                "found no cluster that JAX knows (Cloud TPU, GKE, SLURM, Open MPI); "
+                "give --coordinator, --num-processes and --process-id"
+            )
+        raise ValueError(f"cannot join the other processes: {failures[0]}")
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # JAX lets only process 0 read the cache, and on CPUs a program that it loads
+        # and the others compile has been seen to wait for ever in a collective.
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _check_address(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    if coordinator is None or num_processes is None or process_id is None:
+        raise ValueError(
+            "of coordinator, num_processes and process_id, some are missing; give all "
+            "three, or none where JAX knows the cluster"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(
+            f"coordinator is {coordinator!r}; it must be HOST:PORT, an address of "
+            "process 0"
+        )
+    if num_processes < 1:
+        raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"process_id is {process_id}; with num_processes={num_processes} it must "
+            f"be at least 0 and at most {num_processes - 1}"
+        )
+    if process_id == 0:
+        # JAX would end the process without a word of Python.
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ValueError(
+                f"coordinator is {coordinator!r}, but process 0 cannot listen on port "
+                f"{port} ({error.strerror}); choose another port for all processes"
+            ) from error
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes logs and results."""
+    return jax.process_index() == 0
+
+
+def local_rows(sharding: Sharding, num_rows: int) -> Int[np.ndarray, " rows"]:
+    """Rows that the devices of this process hold of a global array.
+
+    Args:
+      sharding: How the array's first axis is split.
+      num_rows: Length of that axis, over all processes.
+
+    Returns:
+      Positions in the axis, ascending. Processes whose devices hold the same rows, as
+      along the mesh axis ``model``, all have them.
+
+    Raises:
+      ValueError: If rows of two processes overlap in part.
+    """
+    blocks: dict[int, set[tuple[int, int]]] = {}
+    for device, (rows, *_) in sharding.devices_indices_map((num_rows,)).items():
+        start, stop, _ = rows.indices(num_rows)
+        blocks.setdefault(device.process_index, set()).add((start, stop))
+    here = blocks[jax.process_index()]
+    for process, there in blocks.items():
+        if here != there and (here & there or len(here) != len(there)):
+            raise ValueError(
+                f"processes {jax.process_index()} and {process} hold examples that "
+                "overlap in part; choose mesh.model so that it divides, or is a "
+                "multiple of, the devices of a process"
+            )
+    return np.concatenate([np.arange(*block) for block in sorted(here)])
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ends a process of several as soon as what is inside fails, traceback printed.
+
+    At its end Python would wait for the other processes, who wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        status: object = 1
+        if isinstance(error, SystemExit):
+            status = error.code
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
