@@ -5,6 +5,7 @@ choice of experts may depend on: the token, the task, or a condition of the exam
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 GateInit = nn.initializers.Initializer
+
+KERNEL_AXES = ("embed", "expert_logits")
+"""Logical axes of a gate's kernel."""
 
 
 def matmul_float32(
@@ -75,34 +79,55 @@ class Gate(nn.Module):
         """
         del condition
         check_task(task, self.num_tasks)
-        kernel = linear_kernel(
-            self, "kernel", tokens.shape[-1], self.num_experts, self.num_tasks
+        shape = (tokens.shape[-1], self.num_experts)
+        kernel = parameter(
+            self, "kernel", self.kernel_init, shape, KERNEL_AXES, self.num_tasks
         )
-        if task is not None:
-            kernel = jax.lax.dynamic_index_in_dim(kernel, task, keepdims=False)
-        return matmul_float32(tokens, kernel)
+        return matmul_float32(tokens, of_task(kernel, task))
 
 
-def linear_kernel(
-    module: nn.Module, name: str, width: int, num_experts: int, num_tasks: int | None
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: GateInit,
+    shape: tuple[int, ...],
+    names: tuple[str | None, ...],
+    num_tasks: int | None = None,
 ) -> Array:
-    """The gate's parameter ``[tasks, width, experts]``, or without ``tasks``."""
-    shape, names = (width, num_experts), ("embed", "expert_logits")
-    init: GateInit = module.kernel_init  # type: ignore[attr-defined]
-    if num_tasks is not None:
-        shape, names = (num_tasks, *shape), ("task", *names)
-        init = by_task(init)
-    return module.param(name, nn.with_logical_partitioning(init, names), shape)
+    """A parameter of a gate, with logical axis names.
 
+    Args:
+      module: The gate.
+      name: The parameter's.
+      init: Initialiser of one task's.
+      shape: Shape of one task's.
+      names: Logical axes of that shape.
+      num_tasks: With tasks, the parameter has an axis over them in front, and each
+        draws its own initial values.
 
-def by_task(init: GateInit) -> GateInit:
-    """Each task's own draw: an initialiser would take tasks for inputs."""
+    Returns:
+      The parameter.
+    """
 
-    def initialise(key, shape, *rest):
+    def of_all_tasks(key, shape, *rest):
+        # The initialiser itself would take the tasks for inputs of one map.
         keys = jax.random.split(key, shape[0])
         return jnp.stack([init(key, shape[1:], *rest) for key in keys])
 
-    return initialise
+    boxed: Any = nn.with_logical_partitioning(init, names)
+    if num_tasks is not None:
+        boxed = nn.with_logical_partitioning(of_all_tasks, ("task", *names))
+        shape = (num_tasks, *shape)
+    return module.param(name, boxed, shape)
+
+
+def of_task(
+    value: Float[Array, "*tasks_and_axes"], task: Int[Array, ""] | int | None
+) -> Float[Array, "..."]:
+    """The task's part of a `parameter`, which is all of it without tasks."""
+    if task is None:
+        return value
+    return jax.lax.dynamic_index_in_dim(value, task, keepdims=False)
 
 
 class TaskConditionedGate(nn.Module):
@@ -151,10 +176,11 @@ class TaskConditionedGate(nn.Module):
         embedding = _embed(self.task_features, "task_embedding")(hidden)
         if self.as_released:
             embedding = nn.LayerNorm(name="task_norm")(embedding)
-        width = tokens.shape[-1]
-        kernel = linear_kernel(self, "kernel", width, self.num_experts, None)
-        task_kernel = linear_kernel(
-            self, "task_kernel", self.task_features, self.num_experts, None
+        shape = (tokens.shape[-1], self.num_experts)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, KERNEL_AXES)
+        shape = (self.task_features, self.num_experts)
+        task_kernel = parameter(
+            self, "task_kernel", self.kernel_init, shape, KERNEL_AXES
         )
         shift = matmul_float32(embedding[None], task_kernel)
         return matmul_float32(tokens, kernel) + shift[None]
@@ -204,14 +230,16 @@ class ConditionGate(nn.Module):
                 "condition=None, but this gate routes by the condition; give one "
                 "vector an example."
             )
-        kernel = linear_kernel(
-            self, "kernel", condition.shape[-1], self.num_experts, None
+        shape = (condition.shape[-1], self.num_experts)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, KERNEL_AXES)
+        bias = parameter(
+            self,
+            "bias",
+            nn.initializers.zeros,
+            (self.num_experts,),
+            ("expert_logits",),
         )
-        bias_init = nn.with_logical_partitioning(
-            nn.initializers.zeros, ("expert_logits",)
-        )
-        bias = self.param("bias", bias_init, (self.num_experts,))
-        return matmul_float32(jax.nn.silu(condition), kernel) + bias
+        return matmul_float32(jax.nn.silu(condition), kernel) + bias[None, None]
 
 
 MakeGate = Callable[..., nn.Module]

@@ -1,10 +1,10 @@
-"""Auxiliary losses that spread tokens over experts."""
+"""Auxiliary losses: how tokens and tasks spread over experts, how large logits grow."""
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def squared_variation(
@@ -60,3 +60,112 @@ def load_loss(
     # 1 - Φ without its cancellation in the tail.
     chance = 0.5 * jax.lax.erfc(needed / math.sqrt(2))
     return squared_variation(jnp.mean(chance, axis=-2))
+
+
+def switch_loss(
+    probabilities: Float[Array, "*groups tokens experts"],
+    expert_index: Int[Array, "*groups tokens selected"],
+) -> Float[Array, "*groups"]:
+    """The loss of the Switch Transformer (Fedus et al., 2022): ``E · Σ_e f_e P_e``.
+
+    ``f_e`` is the fraction of a group's assignments that go to expert ``e``, and has no
+    gradient; ``P_e`` is the mean of its gate. The loss is 1 where either is uniform,
+    and ``num_experts`` where one expert has everything.
+
+    Args:
+      probabilities: Softmax of the router's logits, float32.
+      expert_index: The experts of each token.
+
+    Returns:
+      One loss a group.
+    """
+    num_experts = probabilities.shape[-1]
+    chosen = jax.nn.one_hot(expert_index, num_experts, dtype=probabilities.dtype)
+    fraction = jnp.mean(chosen, axis=(-3, -2))
+    gate = jnp.mean(probabilities, axis=-2)
+    return num_experts * jnp.sum(fraction * gate, axis=-1)
+
+
+def gshard_loss(
+    probabilities: Float[Array, "*groups tokens experts"],
+) -> Float[Array, "*groups"]:
+    """The loss of GShard (Lepikhin et al., 2021), which counts first choices alone.
+
+    Algorithm 1 of the paper has a mean over experts of ``f_e P_e``; its code and V-MoE
+    multiply that by the square of their number, as here, so that it is `switch_loss`
+    of each token's best expert.
+
+    Args:
+      probabilities: Softmax of the logits by which tokens are routed, float32.
+
+    Returns:
+      One loss a group.
+    """
+    return switch_loss(probabilities, jnp.argmax(probabilities, axis=-1)[..., None])
+
+
+def z_loss(
+    logits: Float[Array, "*groups tokens experts"],
+) -> Float[Array, "*groups"]:
+    """Mean square of the logarithm of the softmax's denominator (ST-MoE).
+
+    It keeps logits small, where rounding errors of their exponentials are (Zoph et al.,
+    2022, equation 5).
+
+    Args:
+      logits: The router's logits, float32.
+
+    Returns:
+      One loss a group.
+    """
+    denominator = jax.scipy.special.logsumexp(logits, axis=-1)
+    return jnp.mean(jnp.square(denominator), axis=-1)
+
+
+def mutual_information(
+    gates: Float[Array, "tasks experts"],
+    num_tokens: Float[Array, " tasks"] | None = None,
+) -> Float[Array, ""]:
+    """Negative mutual information of tasks and experts (Mod-Squad).
+
+    Minimising it makes each task sure of its experts and keeps all experts in use
+    (Chen et al., 2023): ``-Σ P log(P / (P_T P_E) + ε)``, with the joint distribution
+    ``P`` of task and expert over all (token, task) pairs of a step, marginals
+    ``P_T + ε`` and ``P_E + ε``, and ``ε = 10⁻⁴`` as released. It is about 0 where
+    tasks use experts alike, and ``-log min(tasks, experts)`` at the least.
+
+    Args:
+      gates: Mean gate of each expert over the tokens that each task saw.
+      num_tokens: Tokens that each task saw, 0 for a task that saw none; by default all
+        saw equally many.
+
+    Returns:
+      The loss of one layer; it is 0 where no task saw a token.
+    """
+    if num_tokens is None:
+        num_tokens = jnp.ones(gates.shape[0], gates.dtype)
+    total = jnp.sum(num_tokens)
+    share = num_tokens / jnp.where(total > 0, total, 1.0)
+    joint = jnp.where(share[:, None] > 0, gates, 0.0) * share[:, None]
+    epsilon = 1e-4
+    by_task = jnp.sum(joint, axis=1, keepdims=True) + epsilon
+    by_expert = jnp.sum(joint, axis=0, keepdims=True) + epsilon
+    return -jnp.sum(joint * jnp.log(joint / (by_task * by_expert) + epsilon))
+
+
+def outside_mass(
+    gates: Float[Array, "*passes experts"], num_experts: int
+) -> Float[Array, ""]:
+    """Squared gates of all but a task's largest ``num_experts`` (Mod-Squad).
+
+    The released code's other way (``w_topk_loss``) to keep each task to few experts.
+
+    Args:
+      gates: Mean gate of each expert, by task or pass.
+      num_experts: Experts that a task may use at no cost, at least 1.
+
+    Returns:
+      The sum over passes and experts.
+    """
+    ordered = jnp.sort(gates, axis=-1, descending=True)
+    return jnp.sum(jnp.square(ordered[..., num_experts:]))
