@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.scaling.collectives import Collective, collectives
@@ -139,7 +140,7 @@ def estimate(
     program = build_program(experiment, topology.devices)
     with _optimization(optimized), _out_of_memory(topology):
         compiled, flops = program.compile_step()
-    module = parse(compiled.as_text())
+    module = parse(compiled.as_text() or "")
     traffic = collectives(module, program.mesh.shape)
     bytes_ = memory_bytes(module)
     total, active = count_parameters(program)
@@ -233,7 +234,7 @@ def _shard_bytes(tree: Any, shardings: Any) -> int:
     """Bytes that one device holds of a tree of abstract arrays."""
 
     def size(leaf: Any, sharding: Any) -> int:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return 8
         shape = sharding.shard_shape(leaf.shape)
         return int(np.prod(shape)) * leaf.dtype.itemsize

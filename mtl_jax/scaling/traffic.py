@@ -77,9 +77,12 @@ def _bytes(module: Module, visit: Visit) -> int:
         return 2 * operands[1]
     if opcode == "scatter":
         return 3 * operands[-1]
+    if opcode.removesuffix("-start") in SLICES:
+        part = instruction.types[len(instruction.operands)]
+        return part.bytes + _size(part)
     if opcode.endswith("-start"):
-        # Its tuple has the operands in it, and then the results.
-        return result
+        # Its tuple has the operands, the results, and scalars to wait for.
+        return sum(_size(array) for array in instruction.types if array.shape)
     return result + sum(operands)
 
 
