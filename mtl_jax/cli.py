@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ from mtl_jax.report import (
 USER_ERROR = 2
 INTERRUPTED = 130
 MAX_DEVICES = 1024
+GOOGLE = "0x1ae0"  # as a vendor of PCI devices, such as TPUs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -273,6 +275,9 @@ def _set_devices(number: int | None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
+    if jax.config.jax_platforms is None and _libtpu_has_nothing_to_do():
+        jax.config.update("jax_platforms", "cpu")
+
     if number is not None:
         if not 1 <= number <= MAX_DEVICES:
             raise ValueError(
@@ -285,6 +290,20 @@ def _set_devices(number: int | None) -> None:
         jax.devices()
     except RuntimeError as error:
         raise ValueError(f"JAX has no devices: {error}") from error
+
+
+def _libtpu_has_nothing_to_do() -> bool:
+    """Whether libtpu is installed for `compile` alone: there is no accelerator.
+
+    JAX would try it first, and it would complain at length.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    devices = ("accel*", "vfio/*", "nvidia*", "kfd", "dxg")
+    if any([*Path("/dev").glob(name)] for name in devices):
+        return False
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return all(vendor.read_text().strip() != GOOGLE for vendor in vendors)
 
 
 def _check_platform() -> None:

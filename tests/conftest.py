@@ -23,6 +23,8 @@ jax.config.update("jax_traceback_in_locations_limit", 1)
 gc.set_threshold(100_000, 20, 20)
 
 jax.config.update("jax_platforms", "cpu")
+# For the processes that tests start: with libtpu installed, JAX would try TPUs first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
