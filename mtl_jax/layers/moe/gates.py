@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mtl_jax.layers.mlp import exact_gelu
+
 GateInit = nn.initializers.Initializer
 
 KERNEL_AXES = ("embed", "expert_logits")
@@ -135,7 +137,8 @@ class TaskConditionedGate(nn.Module):
 
     M³ViT's second gate (Fan et al., 2022): the task's one-hot vector goes through a
     perceptron of two layers with ReLU, and is appended to each token. As released, the
-    perceptron has a GELU and a layer norm behind it instead.
+    perceptron has a GELU and a layer norm behind it instead; there, all layers of a
+    model share one, where here each gate has its own.
 
     Attributes:
       num_experts: Number of experts.
@@ -171,7 +174,7 @@ class TaskConditionedGate(nn.Module):
             )
         check_task(task, self.num_tasks)
         one_hot = jax.nn.one_hot(jnp.asarray(task), self.num_tasks, dtype=jnp.float32)
-        activation = jax.nn.gelu if self.as_released else jax.nn.relu
+        activation = exact_gelu if self.as_released else jax.nn.relu
         hidden = activation(_embed(self.task_features, "task_hidden")(one_hot))
         embedding = _embed(self.task_features, "task_embedding")(hidden)
         if self.as_released:
