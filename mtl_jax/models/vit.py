@@ -1,10 +1,12 @@
 """Vision transformers, dense or with sparse mixtures of experts."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -19,6 +21,37 @@ from mtl_jax.layers.patch import (
     to_pixels,
 )
 
+Maker = Callable[..., nn.Module]
+"""Makes a layer of a block, such as a partial of its class."""
+
+
+def layers_of_blocks(
+    moe: Maker | tuple[Maker | None, ...] | None,
+    attention: Maker | tuple[Maker, ...],
+    depth: int,
+) -> list[tuple[Maker | None, Maker]]:
+    """What makes the mixture of experts and the attention of each block.
+
+    Args:
+      moe: As `VisionTransformer` has it.
+      attention: Likewise.
+      depth: Number of blocks.
+    """
+    mixtures: Any = moe if isinstance(moe, tuple) else (None, moe)
+    attentions: Any = attention if isinstance(attention, tuple) else (attention,)
+    for name, makers in (("moe", mixtures), ("attention", attentions)):
+        if not makers:
+            raise ValueError(f"{name} is (); give it a layer or None for each block")
+    return [
+        (mixtures[i % len(mixtures)], attentions[i % len(attentions)])
+        for i in range(depth)
+    ]
+
+
+def routes(attention: Maker) -> bool:
+    """Whether an attention layer has routers: then it has a field ``num_tasks``."""
+    return "num_tasks" in inspect.signature(attention).parameters
+
 
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP or a mixture of experts.
@@ -27,8 +60,9 @@ class Block(nn.Module):
       num_heads: Attention heads.
       hidden: Hidden width of the dense MLP.
       moe: Makes the mixture of experts that replaces the MLP, or None.
-      num_tasks: Number of the mixture's routers, one a task; None for a shared one.
-      attention: Makes the attention layer.
+      num_tasks: Number of routers of a layer, one a task; None for a shared one.
+      attention: Makes the attention layer. One with a field ``num_tasks``, such as
+        `mtl_jax.layers.moe.MoeAttention`, is called with the task as ``moe`` is.
       mlp: Makes the dense MLP.
       layer_scale: What the learned scale of each branch begins with; None for none.
       norm_epsilon: Added to variances by layer norms.
@@ -57,7 +91,13 @@ class Block(nn.Module):
             nn.LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype
         )
         y = norm(name="attention_norm")(x)
-        y = self.attention(self.num_heads, dtype=self.dtype, name="attention")(y)
+        attention = functools.partial(
+            self.attention, self.num_heads, dtype=self.dtype, name="attention"
+        )
+        if routes(self.attention):
+            y = attention(num_tasks=self.num_tasks)(y, task, train=train)
+        else:
+            y = attention()(y)
         x = x + self._scaled("attention_scale", y)
         y = norm(name="mlp_norm")(x)
         if self.moe is None:
@@ -101,13 +141,18 @@ class VisionTransformer(nn.Module):
       mlp_ratio: Hidden width of the dense MLPs, in units of ``width``; rounded to a
         whole number of hidden units.
       moe: Makes the mixture of experts of a block (such as a partial
-        `mtl_jax.layers.moe.MoE`), or None for a dense trunk.
+        `mtl_jax.layers.moe.MoE`), or None for a dense trunk. A tuple says it block by
+        block, with None for an MLP; a short one begins anew behind its end, so that
+        ``moe`` is ``(None, moe)``.
       num_tasks: Number of tasks, for a router a task; None for a trunk that all
         tasks share.
+      task_embedding: Whether a learned vector of the task is added to all tokens
+        before every block, as in Mod-Squad (Chen et al., 2023).
       num_channels: Channels of the widest image; grey images are repeated to it.
       embedding: Makes the module that embeds patches.
       attention: Makes the attention layer of a block, such as a partial
-        `mtl_jax.layers.attention.SelfAttention`.
+        `mtl_jax.layers.attention.SelfAttention` or `mtl_jax.layers.moe.MoeAttention`.
+        A tuple says it block by block, as for ``moe``.
       mlp: Makes the MLP of a dense block, such as a partial
         `mtl_jax.layers.mlp.Mlp`, or `mtl_jax.layers.mlp.SwiGlu`.
       layer_scale: What the learned scales of each block's two branches begin with;
@@ -134,11 +179,12 @@ class VisionTransformer(nn.Module):
     num_heads: int = 3
     patch_size: int = 16
     mlp_ratio: float = 4
-    moe: Callable[..., nn.Module] | None = None
+    moe: Maker | tuple[Maker | None, ...] | None = None
     num_tasks: int | None = None
+    task_embedding: bool = False
     num_channels: int = 3
     embedding: Callable[..., nn.Module] = PatchEmbedding
-    attention: Callable[..., nn.Module] = SelfAttention
+    attention: Maker | tuple[Maker, ...] = SelfAttention
     mlp: Callable[..., nn.Module] = Mlp
     layer_scale: float | None = None
     norm_epsilon: float = 1e-6
@@ -193,13 +239,16 @@ class VisionTransformer(nn.Module):
             x = norm(name="pre_norm")(x)
         # Whether to train (argument 3) decides what is traced: it stays a Python bool.
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
-        for i in range(self.depth):
+        task_vector = self._task_vector(task)
+        layers = layers_of_blocks(self.moe, self.attention, self.depth)
+        for i, (moe, attention) in enumerate(layers):
+            x = x if task_vector is None else x + task_vector[None, None]
             x = block(
                 num_heads=self.num_heads,
                 hidden=round(self.mlp_ratio * self.width),
-                moe=self.moe if i % 2 else None,
+                moe=moe,
                 num_tasks=self.num_tasks,
-                attention=self.attention,
+                attention=attention,
                 mlp=self.mlp,
                 layer_scale=self.layer_scale,
                 norm_epsilon=self.norm_epsilon,
@@ -213,6 +262,21 @@ class VisionTransformer(nn.Module):
             return patches
         classes = jnp.broadcast_to(x[:, :1, None], patches.shape)
         return jnp.concatenate([patches, classes], axis=-1)
+
+    def _task_vector(self, task: Int[Array, ""] | None) -> Array | None:
+        if not self.task_embedding:
+            return None
+        if self.num_tasks is None or task is None:
+            raise ValueError(
+                "task_embedding is True, but num_tasks is None; set num_tasks to the "
+                "number of tasks"
+            )
+        initial = nn.with_logical_partitioning(
+            nn.initializers.normal(0.02), ("task", "embed")
+        )
+        vectors = self.param("task_embedding", initial, (self.num_tasks, self.width))
+        vector = jax.lax.dynamic_index_in_dim(vectors, task, keepdims=False)
+        return jnp.asarray(vector, self.dtype)
 
     def _positions(
         self, rows: int, columns: int

@@ -207,28 +207,36 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 def dispatch(
-    tokens: Float[Array, "groups tokens width"], slots: Slots
+    tokens: Float[Array, "groups tokens *selected width"], slots: Slots
 ) -> Float[Array, "rows width"]:
     """Copies tokens into the rows of their assignments; empty rows are zero.
 
     Rows of buffers are in the order ``[experts groups capacity]``.
+
+    Args:
+      tokens: A row for each token, or one for each of its assignments.
+      slots: The rows of the assignments.
     """
-    width, num_selected = tokens.shape[-1], slots.row.shape[-1]
+    width = tokens.shape[-1]
+    uses = slots.row.shape[-1] if tokens.ndim == 3 else 1
     return take_rows(
-        tokens.reshape(-1, width),
-        _by_row(slots) // num_selected,
-        slots.row.reshape(-1, num_selected),
+        tokens.reshape(-1, width), _by_row(slots) // uses, slots.row.reshape(-1, uses)
     )
 
 
 def combine(
     rows: Float[Array, "rows width"],
-    weight: Float[Array, "groups tokens selected"],
+    weight: Float[Array, "groups tokens selected"] | None,
     slots: Slots,
-) -> Float[Array, "groups tokens width"]:
-    """Adds up the outputs of each token's experts by weight; dropped ones add zero."""
+) -> Float[Array, "groups tokens *selected width"]:
+    """Adds up the outputs of each token's experts by weight; dropped ones are zero.
+
+    Without weights they are returned one by one.
+    """
     outputs = take_rows(rows, slots.row.reshape(-1), _by_row(slots)[:, None])
-    outputs = outputs.reshape(*weight.shape, rows.shape[-1])
+    outputs = outputs.reshape(*slots.row.shape, rows.shape[-1])
+    if weight is None:
+        return outputs
     return jnp.sum(outputs * weight[..., None].astype(outputs.dtype), axis=2)
 
 

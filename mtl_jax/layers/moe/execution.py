@@ -83,18 +83,19 @@ def run(
     execution: Execution,
     stages: Sequence[Stage],
     parameters: PyTree,
-    groups: Float[Array, "groups tokens width"],
+    groups: Float[Array, "groups tokens *selected width"],
     routing: Routing,
     capacity: int,
-) -> tuple[Float[Array, "groups tokens width"], Float[Array, ""]]:
+) -> tuple[Float[Array, "groups tokens *selected width"], Float[Array, ""]]:
     """The experts' weighted outputs.
 
     Args:
       execution: How.
       stages: What an expert does.
       parameters: Parameters of all experts, with a leading axis over them.
-      groups: Tokens, in the dtype of the experts.
-      routing: Where they go.
+      groups: Tokens, in the dtype of the experts; or a row for each assignment.
+      routing: Where they go. Where its ``weight`` is None, outputs are not added up but
+        returned for each assignment.
       capacity: Assignments that an expert takes of each group.
 
     Returns:
@@ -175,11 +176,15 @@ def _empty_buffers(buffers, weight, slots):
 
 def _fill_by_mask(groups, expert_index, positions, capacity):
     mask = dispatch.one_hot_mask(expert_index, positions, capacity)
-    return jnp.einsum("gskec,gsd->egcd", mask.astype(groups.dtype), groups), mask
+    given = "gsd" if groups.ndim == 3 else "gskd"
+    return jnp.einsum(f"gskec,{given}->egcd", mask.astype(groups.dtype), groups), mask
 
 
 def _empty_by_mask(buffers, weight, mask):
-    weight, mask = weight.astype(buffers.dtype), mask.astype(buffers.dtype)
+    mask = mask.astype(buffers.dtype)
+    if weight is None:
+        return jnp.einsum("gskec,egcd->gskd", mask, buffers)
+    weight = weight.astype(buffers.dtype)
     return jnp.einsum("gsk,gskec,egcd->gsd", weight, mask, buffers)
 
 

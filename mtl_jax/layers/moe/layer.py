@@ -11,8 +11,9 @@ from mtl_jax.layers.mlp import Mlp
 from mtl_jax.layers.moe.dispatch import slots_per_expert
 from mtl_jax.layers.moe.execution import Execution, choose, run
 from mtl_jax.layers.moe.experts import expert_stages
+from mtl_jax.layers.moe.record import record
 from mtl_jax.layers.moe.routers import NoisyTopK
-from mtl_jax.layers.moe.routing import Routing, assigned_fraction, entropy
+from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.sharding import expert_parallel
 
 
@@ -116,7 +117,7 @@ class MoE(nn.Module):
         )
         routing = router(groups, task, condition, train=train)
         output, dropped = self._apply_experts(groups.astype(self.dtype), routing)
-        self._record(routing, dropped)
+        record(self, routing, dropped)
         output = output.reshape(x.shape)
         if self.num_shared_experts:
             shared = self.expert(
@@ -163,31 +164,3 @@ class MoE(nn.Module):
                 f"num_selected={self.num_selected} is not between 1 and "
                 f"num_experts={self.num_experts}."
             )
-
-    def _record(self, routing: Routing, dropped: Float[Array, ""]) -> None:
-        if self.is_initializing():
-            return
-        load = jnp.mean(
-            assigned_fraction(routing.expert_index, self.num_experts), axis=0
-        )
-        statistics = {
-            "load": load,
-            "dropped": dropped,
-            "dead": jnp.mean((load == 0).astype(jnp.float32)),
-            "entropy": entropy(routing.probabilities),
-            "gates": jnp.mean(routing.probabilities, axis=(0, 1)),
-            **{name: jnp.mean(loss) for name, loss in routing.losses.items()},
-        }
-        for name, value in statistics.items():
-            self._sow("statistics", name, value)
-        self._sow("losses", "auxiliary", routing.auxiliary_loss)
-
-    def _sow(self, collection: str, name: str, value: Array) -> None:
-        # The value itself rather than a tuple of all that were ever sown.
-        self.sow(
-            collection,
-            name,
-            value,
-            reduce_fn=lambda _, new: new,
-            init_fn=lambda: jnp.zeros(()),
-        )
