@@ -1,5 +1,7 @@
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas
 
 from mtl_jax.train.flops import count_flops
 
@@ -30,3 +32,36 @@ def test_a_convolution():
 
     jaxpr = jax.make_jaxpr(convolve)(jnp.ones((2, 3, 8, 8)), jnp.ones((5, 3, 3, 3)))
     assert count_flops(jaxpr) == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
+
+
+def test_a_grouped_product_and_its_gradients_take_every_row_once():
+    def product(rows, kernels):
+        return jnp.sum(jax.lax.ragged_dot(rows, kernels, jnp.array([4, 0, 6], "int32")))
+
+    rows, kernels = jnp.ones((10, 7)), jnp.ones((3, 7, 5))
+    once = 2 * 10 * 7 * 5
+    assert count_flops(jax.make_jaxpr(product)(rows, kernels)) == once
+    gradient = jax.make_jaxpr(jax.grad(product, argnums=(0, 1)))(rows, kernels)
+    assert count_flops(gradient) == 3 * once
+
+
+@pytest.mark.parametrize("estimate", [None, 1000])
+def test_a_kernel_counts_what_it_says_or_its_grid(estimate):
+    def body(a, b, out):
+        out[...] = a[...] @ b[...]
+
+    # Six products of [8, 16] and [16, 32] tiles.
+    kernel = pallas.pallas_call(
+        body,
+        grid=(2, 3),
+        in_specs=[
+            pallas.BlockSpec((8, 16), lambda i, j: (i, 0)),
+            pallas.BlockSpec((16, 32), lambda i, j: (0, j)),
+        ],
+        out_specs=pallas.BlockSpec((8, 32), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((16, 96), jnp.float32),
+        cost_estimate=estimate
+        and pallas.CostEstimate(flops=estimate, transcendentals=0, bytes_accessed=0),
+    )
+    jaxpr = jax.make_jaxpr(kernel)(jnp.ones((16, 16)), jnp.ones((16, 96)))
+    assert count_flops(jaxpr) == (estimate or 6 * 2 * 8 * 16 * 32)
