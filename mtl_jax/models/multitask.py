@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Key, PyTree
 Params = Mapping[str, Any]
 """``{"trunk": ..., "heads": {task: ...}}``."""
 
+SOWN = ("losses", "statistics")
+"""Collections that a forward pass writes anew."""
+
 
 def repeat(params: PyTree, times: int) -> PyTree:
     """``params`` with a new leading axis of ``times`` copies."""
@@ -24,12 +27,48 @@ class TrunkOutput(NamedTuple):
     Attributes:
       features: Token features of each pass.
       auxiliary_loss: Sum of the routers' weighted auxiliary losses; 0 if dense.
-      statistics: Block name -> router statistics; empty if dense.
+      statistics: Layer name -> router statistics; empty if dense.
+      collections: Other collections as each pass leaves them; empty if none changes.
     """
 
     features: Float[Array, "passes batch rows columns width"]
     auxiliary_loss: Float[Array, " passes"]
     statistics: Mapping[str, Any]
+    collections: Mapping[str, Any]
+
+
+def layer_statistics(sown: Mapping[str, Any], period: int) -> dict[str, Any]:
+    """Router statistics by the name of the layer.
+
+    The layer ``moe`` of a block has the block's name, any other layer's is appended.
+    Blocks that ``jax.lax.scan`` repeats are counted on: the ``i``-th repetition of
+    ``blocks/block_j`` is ``block_{i · period + j}``.
+
+    Args:
+      sown: Collection ``statistics``.
+      period: Number of blocks that are repeated together.
+    """
+    found = {}
+
+    def visit(tree: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        if "load" in tree:
+            found[path] = tree
+            return
+        for name, branch in tree.items():
+            visit(branch, (*path, name))
+
+    visit(sown, ())
+    named = {}
+    for path, statistics in found.items():
+        layers = [part for part in path if part not in ("blocks", "moe")]
+        if path[0] != "blocks":
+            named["_".join(layers)] = statistics
+            continue
+        _, _, place = layers[0].partition("_")
+        for i in range(statistics["load"].shape[0]):
+            name = "_".join([f"block_{i * period + int(place)}", *layers[1:]])
+            named[name] = jax.tree.map(lambda leaf, i=i: leaf[i], statistics)
+    return named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +103,20 @@ class MultitaskModel:
           The parameters of trunk and heads.
         """
         trunk_key, *head_keys = jax.random.split(key, 1 + len(self.heads))
+        variables = self._init_trunk(trunk_key, inputs)
+        trunk = variables["params"]
+        collections = nn.unbox({k: v for k, v in variables.items() if k != "params"})
         images = {task: jnp.zeros(x.shape, x.dtype) for task, x in inputs.items()}
-        first = next(iter(images))
-        trunk = self.trunk.init(
-            trunk_key,
-            images[first],
-            jnp.int32(0) if self.task_conditioned else None,
-            train=False,
-        )["params"]
         heads = {}
         for (task, head), head_key in zip(self.heads.items(), head_keys, strict=True):
             features = jax.eval_shape(
                 lambda trunk, task=task: (
                     self.apply_trunk(
-                        repeat(trunk, 1), images[task], (task,), train=False
+                        repeat(trunk, 1),
+                        images[task],
+                        (task,),
+                        train=False,
+                        collections=collections,
                     ).features
                 ),
                 nn.unbox(trunk),
@@ -85,6 +124,28 @@ class MultitaskModel:
             zeros = jnp.zeros(features.shape[1:], features.dtype)
             heads[task] = head.init(head_key, zeros)["params"]
         return {"trunk": trunk, "heads": heads}
+
+    def init_collections(
+        self, key: Key[Array, ""], inputs: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Mapping[str, Any]:
+        """What the trunk keeps besides its parameters, at the start; mostly empty."""
+        variables = self._init_trunk(key, inputs)
+        return {
+            name: collection
+            for name, collection in variables.items()
+            if name not in ("params", *SOWN)
+        }
+
+    def _init_trunk(
+        self, key: Key[Array, ""], inputs: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Mapping[str, Any]:
+        images = next(iter(inputs.values()))
+        return self.trunk.init(
+            key,
+            jnp.zeros(images.shape, images.dtype),
+            jnp.int32(0) if self.task_conditioned else None,
+            train=False,
+        )
 
     def num_passes(self, tasks: Sequence[str]) -> int:
         """Forward passes of the trunk that ``tasks`` need: one, or one each."""
@@ -98,6 +159,7 @@ class MultitaskModel:
         *,
         train: bool,
         key: Key[Array, ""] | None = None,
+        collections: Mapping[str, Any] | None = None,
     ) -> TrunkOutput:
         """The forward passes of the trunk that ``tasks`` need, one after another.
 
@@ -111,10 +173,12 @@ class MultitaskModel:
           tasks: Names of the tasks that the features are for.
           train: Whether routers are noisy.
           key: PRNG key of that noise.
+          collections: What the trunk keeps besides its parameters. All passes begin
+            with it, and change it if ``train``.
 
         Returns:
-          Features, auxiliary loss and router statistics, each with a leading axis
-          over the passes.
+          Features, auxiliary loss, router statistics and collections, each with a
+          leading axis over the passes.
         """
         names = list(self.heads)
         indices = jnp.array(
@@ -124,19 +188,24 @@ class MultitaskModel:
         def apply(arguments) -> TrunkOutput:
             params, index = arguments
             rngs = None if key is None else {"router": jax.random.fold_in(key, index)}
-            features, sown = self.trunk.apply(
-                {"params": params},
+            kept = collections or {}
+            features, written = self.trunk.apply(
+                {"params": params, **kept},
                 inputs,
                 index if self.task_conditioned else None,
                 train=train,
                 rngs=rngs,
-                mutable=["losses", "statistics"],
+                mutable=[*SOWN, *(kept if train else ())],
             )
-            losses: list[Array] = jax.tree.leaves(sown.get("losses", {}))
-            blocks: Mapping[str, Any] = sown.get("statistics") or {}
-            statistics = {block: contents["moe"] for block, contents in blocks.items()}
-            auxiliary_loss = sum(losses, start=jnp.zeros((), jnp.float32))
-            return TrunkOutput(features, auxiliary_loss, statistics)
+            losses: list[Array] = jax.tree.leaves(written.get("losses", {}))
+            return TrunkOutput(
+                features,
+                sum((jnp.sum(loss) for loss in losses), start=jnp.float32(0.0)),
+                layer_statistics(
+                    written.get("statistics") or {}, getattr(self.trunk, "period", 1)
+                ),
+                {name: value for name, value in written.items() if name not in SOWN},
+            )
 
         if len(indices) == 1:
             return jax.tree.map(

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -120,6 +121,56 @@ class Block(nn.Module):
         return y * jnp.asarray(scale, self.dtype)[None, None]
 
 
+class Blocks(nn.Module):
+    """A few blocks one after another, as ``jax.lax.scan`` repeats them.
+
+    Attributes:
+      block: Makes a block, given ``moe``, ``attention`` and ``name``.
+      layers: What makes the mixture of experts and the attention of each block.
+      train: Whether routers are noisy.
+    """
+
+    block: Maker
+    layers: tuple[tuple[Maker | None, Maker], ...]
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        task: Int[Array, ""] | None,
+        task_vector: Float[Array, " width"] | None,
+    ) -> tuple[Float[Array, "batch tokens width"], None]:
+        """The last block's output, and nothing to stack."""
+        return apply_blocks(
+            self.block, self.layers, x, task, task_vector, self.train
+        ), None
+
+
+def apply_blocks(
+    block: Maker,
+    layers: Sequence[tuple[Maker | None, Maker]],
+    x: Float[Array, "batch tokens width"],
+    task: Int[Array, ""] | None,
+    task_vector: Float[Array, " width"] | None,
+    train: bool,
+) -> Float[Array, "batch tokens width"]:
+    """Makes blocks ``block_0``, ``block_1``, ... of the calling module; applies them.
+
+    Args:
+      block: As `Blocks` has it.
+      layers: Likewise.
+      x: Tokens.
+      task: Index of the task whose routers to use.
+      task_vector: What is added to all tokens before every block, or None.
+      train: Whether routers are noisy.
+    """
+    for i, (moe, attention) in enumerate(layers):
+        x = x if task_vector is None else x + task_vector[None, None]
+        x = block(moe=moe, attention=attention, name=f"block_{i}")(x, task, train)
+    return x
+
+
 class VisionTransformer(nn.Module):
     """A vision transformer trunk with token features for dense and global heads.
 
@@ -171,6 +222,10 @@ class VisionTransformer(nn.Module):
       pre_norm: Whether a layer norm precedes the blocks, as in CLIP.
       final_norm: Whether one follows them.
       remat: Whether to recompute each block in the backward pass.
+      scan: Whether to loop over the blocks by ``jax.lax.scan``, as many of them
+        together as differ: the time to compile does not grow with ``depth``.
+        Parameters are stacked under ``blocks``, with the logical axis ``layers`` in
+        front.
       dtype: Type that is computed in.
     """
 
@@ -195,7 +250,17 @@ class VisionTransformer(nn.Module):
     pre_norm: bool = False
     final_norm: bool = True
     remat: bool = False
+    scan: bool = False
     dtype: DTypeLike = jnp.float32
+
+    @property
+    def period(self) -> int:
+        """Number of blocks after which the kinds of their layers repeat."""
+        mixtures = 1 if self.moe is None else 2
+        if isinstance(self.moe, tuple):
+            mixtures = len(self.moe)
+        attentions = len(self.attention) if isinstance(self.attention, tuple) else 1
+        return math.lcm(mixtures, attentions)
 
     @nn.compact
     def __call__(
@@ -238,23 +303,22 @@ class VisionTransformer(nn.Module):
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
         # Whether to train (argument 3) decides what is traced: it stays a Python bool.
-        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
-        task_vector = self._task_vector(task)
+        block = functools.partial(
+            nn.remat(Block, static_argnums=(3,)) if self.remat else Block,
+            num_heads=self.num_heads,
+            hidden=round(self.mlp_ratio * self.width),
+            num_tasks=self.num_tasks,
+            mlp=self.mlp,
+            layer_scale=self.layer_scale,
+            norm_epsilon=self.norm_epsilon,
+            dtype=self.dtype,
+        )
         layers = layers_of_blocks(self.moe, self.attention, self.depth)
-        for i, (moe, attention) in enumerate(layers):
-            x = x if task_vector is None else x + task_vector[None, None]
-            x = block(
-                num_heads=self.num_heads,
-                hidden=round(self.mlp_ratio * self.width),
-                moe=moe,
-                num_tasks=self.num_tasks,
-                attention=attention,
-                mlp=self.mlp,
-                layer_scale=self.layer_scale,
-                norm_epsilon=self.norm_epsilon,
-                dtype=self.dtype,
-                name=f"block_{i}",
-            )(x, task, train)
+        task_vector = self._task_vector(task)
+        if self.scan:
+            x, _ = self._scanned(block, layers, train)(x, task, task_vector)
+        else:
+            x = apply_blocks(block, layers, x, task, task_vector, train)
         if self.final_norm:
             x = norm(name="norm")(x)
         patches = x[:, len(extra) :].reshape(batch, rows, columns, self.width)
@@ -262,6 +326,24 @@ class VisionTransformer(nn.Module):
             return patches
         classes = jnp.broadcast_to(x[:, :1, None], patches.shape)
         return jnp.concatenate([patches, classes], axis=-1)
+
+    def _scanned(self, block: Maker, layers: list, train: bool) -> nn.Module:
+        if self.depth % self.period:
+            raise ValueError(
+                f"depth={self.depth} is no multiple of the {self.period} blocks that "
+                "scan repeats; choose another depth, or scan=False"
+            )
+        scanned = nn.scan(
+            Blocks,
+            variable_axes=dict.fromkeys(
+                ("params", "losses", "statistics", "balance"), 0
+            ),
+            split_rngs={"params": True, "router": True},
+            in_axes=(nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+            length=self.depth // self.period,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(block, tuple(layers[: self.period]), train, name="blocks")
 
     def _task_vector(self, task: Int[Array, ""] | None) -> Array | None:
         if not self.task_embedding:

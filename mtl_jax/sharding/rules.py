@@ -35,6 +35,7 @@ class Rules:
       classes: Outputs of a head.
       patch: Pixels of one patch, flattened.
       tokens: Positions of a sequence of tokens.
+      layers: Repetitions of layers that are scanned over.
     """
 
     batch: MeshAxes = ("data", "fsdp", "expert")
@@ -48,6 +49,7 @@ class Rules:
     classes: MeshAxes = None
     patch: MeshAxes = None
     tokens: MeshAxes = None
+    layers: MeshAxes = None
 
     def as_flax_rules(self) -> tuple[tuple[str, MeshAxes], ...]:
         """The rules as ``nn.logical_axis_rules`` takes them."""

@@ -25,7 +25,11 @@ def make_predict(objective: Objective, source: str) -> Callable:
 
     def predict(params: Mapping, inputs: jax.Array) -> dict[str, jax.Array]:
         output = model.apply_trunk(
-            repeat(params["trunk"], passes), inputs, names, train=False
+            repeat(params["trunk"], passes),
+            inputs,
+            names,
+            train=False,
+            collections=params.get("collections"),
         )
         return {
             name: model.apply_head(

@@ -60,6 +60,9 @@ class Experiment:
         `mtl_jax.models.pretrained.warm_start`; None for the fresh ones. It is called
         with arrays, on the devices, once a run, and not where a run continues from a
         checkpoint; and before that, to check it, under `jax.eval_shape`.
+      mutual_information_weight: Weight of Mod-Squad's loss, which keeps tasks to few
+        experts and all experts in use (Chen et al., 2023), for each layer of experts;
+        needs a router a task.
       mesh: Shape of the device mesh.
       rules: Which mesh axes each logical axis of the parameters is sharded over.
       seed: Seed of parameters, data order and every other random choice.
@@ -80,6 +83,7 @@ class Experiment:
     gradients_at: Literal["params", "features"] = "params"
     sharpness: Callable | None = None
     initialize: Callable | None = None
+    mutual_information_weight: float = 0.0
     mesh: MeshShape = MeshShape()
     rules: Rules = Rules()  # noqa: RUF009, as it is frozen
     seed: int = 0

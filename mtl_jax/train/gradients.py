@@ -1,9 +1,9 @@
 """Task gradients: where they are taken, and how they become one update direction.
 
-Both functions here return a function ``(params, batch, key, aggregator_state) ->
-(evaluation, gradient)``. Trunk gradients go through the aggregator; a head belongs to
-one task and keeps the plain gradient of its own loss. A router's auxiliary losses are
-shared out evenly among the tasks of its forward pass.
+The functions here return a function ``(params, batch, key, aggregator_state,
+collections) -> (evaluation, gradient)``. Trunk gradients go through the aggregator; a
+head belongs to one task and keeps the plain gradient of its own loss. A router's
+auxiliary losses are shared out evenly among the tasks of its forward pass.
 """
 
 import functools
@@ -19,7 +19,7 @@ from optax.experimental import aggregating
 from mtl_jax.data.batch import Batch
 from mtl_jax.models.multitask import repeat
 from mtl_jax.optim import Balancer, from_balancer, gramian
-from mtl_jax.train.objective import Objective
+from mtl_jax.train.objective import Objective, tokens_of_a_pass
 
 
 class Evaluation(NamedTuple):
@@ -30,9 +30,10 @@ class Evaluation(NamedTuple):
       auxiliary_loss: Sum of the routers' auxiliary losses.
       active: Which tasks had any label in the batch.
       gramian: Inner products of the task gradients where they were taken.
-      statistics: Task name -> block name -> router statistics of the task's pass on
+      statistics: Task name -> layer name -> router statistics of the task's pass on
         the last source that labels it.
       aggregator_state: The aggregator's state after the evaluation.
+      collections: What the trunk keeps besides its parameters, after all passes.
     """
 
     losses: Float[Array, " tasks"]
@@ -41,10 +42,14 @@ class Evaluation(NamedTuple):
     gramian: Float[Array, "tasks tasks"]
     statistics: Mapping[str, Mapping[str, Any]]
     aggregator_state: Any
+    collections: Mapping[str, Any]
 
+
+EMPTY: Mapping[str, Any] = {}
+"""No collections: the trunk has its parameters alone."""
 
 GradientFunction = Callable[
-    [Mapping, Batch, Key[Array, ""], Any], tuple[Evaluation, Mapping]
+    [Mapping, Batch, Key[Array, ""], Any, Mapping], tuple[Evaluation, Mapping]
 ]
 
 
@@ -56,15 +61,21 @@ class _SourceGradients(NamedTuple):
       features: Gradient of each task's loss, in the order of ``tasks``.
       auxiliary_loss: Routers' auxiliary losses by pass.
       statistics: Router statistics by pass.
-      pull_back: From cotangents of features and auxiliary loss by pass to gradients
-        with respect to the trunk's parameters by pass.
+      collections: The trunk's collections as each pass leaves them.
+      gates: Mean gates by layer and pass that the joint loss depends on.
+      num_tokens: Tokens of a pass.
+      pull_back: From cotangents of features, auxiliary loss and gates by pass to
+        gradients with respect to the trunk's parameters by pass.
     """
 
     tasks: tuple[str, ...]
     features: Float[Array, "labelled batch rows columns width"]
     auxiliary_loss: Float[Array, " passes"]
     statistics: Mapping[str, Any]
-    pull_back: Callable[[Array, Array], PyTree]
+    collections: Mapping[str, Any]
+    gates: Mapping[str, Array]
+    num_tokens: int
+    pull_back: Callable[[Array, Array, Mapping[str, Array]], PyTree]
 
 
 def at_params(
@@ -85,14 +96,15 @@ def at_params(
     """
     names = [task.name for task in objective.tasks]
 
-    def evaluate(params, batch, key, aggregator_state):
+    def evaluate(params, batch, key, aggregator_state, collections=EMPTY):
         counts = objective.label_counts(batch)
         losses, head_gradients, sources = _differentiate_heads(
-            objective, params, batch, key, counts
+            objective, params, batch, key, counts, collections
         )
+        joint_loss, gate_gradients = _differentiate_joint_loss(objective, sources)
         rows: dict[str, PyTree] = {}
-        for source in sources.values():
-            pulled = _pull_back_by_task(source)
+        for name, source in sources.items():
+            pulled = _pull_back_by_task(source, gate_gradients[name])
             for j, name in enumerate(source.tasks):
                 row = jax.tree.map(lambda leaf, j=j: leaf[j], pulled)
                 rows[name] = optax.tree.add(rows[name], row) if name in rows else row
@@ -108,7 +120,15 @@ def at_params(
             active=active,
         )
         return (
-            _evaluation(losses, sources, active, task_gradients, aggregator_state),
+            _evaluation(
+                losses,
+                joint_loss,
+                sources,
+                active,
+                task_gradients,
+                aggregator_state,
+                collections,
+            ),
             {"trunk": trunk_gradient, "heads": head_gradients},
         )
 
@@ -144,11 +164,12 @@ def at_features(
         )
     names = [task.name for task in objective.tasks]
 
-    def evaluate(params, batch, key, aggregator_state):
+    def evaluate(params, batch, key, aggregator_state, collections=EMPTY):
         counts = objective.label_counts(batch)
         losses, head_gradients, sources = _differentiate_heads(
-            objective, params, batch, key, counts
+            objective, params, batch, key, counts, collections
         )
+        joint_loss, gate_gradients = _differentiate_joint_loss(objective, sources)
         task_gradients = {
             name: _spread(source, names) for name, source in sources.items()
         }
@@ -158,14 +179,24 @@ def at_features(
             task_gradients, aggregator_state, losses=losses, active=active
         )
         pulled = [
-            source.pull_back(combined[name][None], jnp.ones(1, jnp.float32))
+            source.pull_back(
+                combined[name][None], jnp.ones(1, jnp.float32), gate_gradients[name]
+            )
             for name, source in sources.items()
         ]
         trunk_gradient = jax.tree.map(
             lambda *leaves: functools.reduce(jnp.add, leaves)[0], *pulled
         )
         return (
-            _evaluation(losses, sources, active, task_gradients, aggregator_state),
+            _evaluation(
+                losses,
+                joint_loss,
+                sources,
+                active,
+                task_gradients,
+                aggregator_state,
+                collections,
+            ),
             {"trunk": trunk_gradient, "heads": head_gradients},
         )
 
@@ -190,8 +221,10 @@ def balanced(objective: Objective, balancer: Balancer) -> GradientFunction:
     take = at_params if objective.model.task_conditioned else at_features
     unweighted = take(objective, from_balancer(balancer, len(objective.tasks)))
 
-    def evaluate(params, batch, key, aggregator_state):
-        evaluation, gradient = unweighted(params, batch, key, aggregator_state)
+    def evaluate(params, batch, key, aggregator_state, collections=EMPTY):
+        evaluation, gradient = unweighted(
+            params, batch, key, aggregator_state, collections
+        )
         heads = {}
         for k, task in enumerate(objective.tasks):
             weight = evaluation.aggregator_state.weights[k]
@@ -205,7 +238,12 @@ def balanced(objective: Objective, balancer: Balancer) -> GradientFunction:
 
 
 def _differentiate_heads(
-    objective: Objective, params: Mapping, batch: Batch, key: Array, counts: Array
+    objective: Objective,
+    params: Mapping,
+    batch: Batch,
+    key: Array,
+    counts: Array,
+    collections: Mapping,
 ) -> tuple[Array, Mapping, dict[str, _SourceGradients]]:
     """Runs every forward pass, and every head forward and backward.
 
@@ -227,10 +265,12 @@ def _differentiate_heads(
                 names,
                 train=True,
                 key=jax.random.fold_in(key, i),
+                collections=collections,
             )
-            return (output.features, output.auxiliary_loss), output.statistics
+            gates = objective.joint_gates(output)
+            return (output.features, output.auxiliary_loss, gates), output
 
-        (features, auxiliary), pull_back, statistics = jax.vjp(
+        (features, auxiliary, gates), pull_back, output = jax.vjp(
             trunk, repeat(params["trunk"], passes), has_aux=True
         )
         feature_gradients = []
@@ -248,16 +288,29 @@ def _differentiate_heads(
             names,
             jnp.stack(feature_gradients),
             auxiliary,
-            statistics,
-            lambda features, auxiliary, pull_back=pull_back: pull_back(
-                (features, auxiliary)
-            )[0],
+            output.statistics,
+            output.collections,
+            gates,
+            tokens_of_a_pass(output),
+            lambda *cotangents, pull_back=pull_back: pull_back(cotangents)[0],
         )
     heads = {task.name: head_gradients[task.name] for task in objective.tasks}
     return jnp.stack(losses), heads, sources
 
 
-def _pull_back_by_task(source: _SourceGradients) -> PyTree:
+def _differentiate_joint_loss(
+    objective: Objective, sources: Mapping[str, _SourceGradients]
+) -> tuple[Array, Mapping[str, Mapping[str, Array]]]:
+    """The loss that spans all tasks, and its gradients at the gates by source."""
+    return jax.value_and_grad(objective.joint_loss)(
+        {name: source.gates for name, source in sources.items()},
+        {name: source.num_tokens for name, source in sources.items()},
+    )
+
+
+def _pull_back_by_task(
+    source: _SourceGradients, gate_gradients: Mapping[str, Array]
+) -> PyTree:
     """Gradients of one source's tasks with respect to the trunk's parameters.
 
     One after another and not by `jax.vmap`, which XLA for CPU of jaxlib 0.10.2
@@ -265,11 +318,18 @@ def _pull_back_by_task(source: _SourceGradients) -> PyTree:
     """
     tasks, passes = len(source.tasks), len(source.auxiliary_loss)
     if passes == tasks:
-        return source.pull_back(source.features, jnp.ones(tasks, jnp.float32))
+        return source.pull_back(
+            source.features, jnp.ones(tasks, jnp.float32), gate_gradients
+        )
     share = jnp.full(1, 1.0 / tasks, jnp.float32)
     return jax.lax.map(
         lambda gradient: jax.tree.map(
-            lambda leaf: leaf[0], source.pull_back(gradient[None], share)
+            lambda leaf: leaf[0],
+            source.pull_back(
+                gradient[None],
+                share,
+                jax.tree.map(lambda gates: gates / tasks, gate_gradients),
+            ),
         ),
         source.features,
     )
@@ -286,14 +346,24 @@ def _spread(
 
 def _evaluation(
     losses: Array,
+    joint_loss: Array,
     sources: Mapping[str, _SourceGradients],
     active: Array,
     task_gradients: PyTree,
     aggregator_state: optax.OptState,
+    collections: Mapping,
 ) -> Evaluation:
     statistics: dict[str, Mapping] = {}
-    auxiliary_loss = jnp.float32(0.0)
+    auxiliary_loss = joint_loss
+    moved = collections
     for source in sources.values():
+        # Every pass began with the same; what each of them changed adds up.
+        moved = jax.tree.map(
+            lambda now, before, after: now + jnp.sum(after - before[None], axis=0),
+            moved,
+            collections,
+            {name: source.collections[name] for name in collections},
+        )
         auxiliary_loss += jnp.sum(source.auxiliary_loss)
         passes = len(source.auxiliary_loss)
         for j, name in enumerate(source.tasks):
@@ -307,4 +377,5 @@ def _evaluation(
         gramian(task_gradients),
         statistics,
         aggregator_state,
+        moved,
     )

@@ -72,8 +72,8 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
         ) as display:
             loop = _Loop(program, step, evaluate, checkpoints, folder, display, timings)
             state = loop.run(state, batches)
-        scores = loop.final_scores or evaluate(state.params, None)
-        write_samples(folder.path / "samples.npz", program, state.params)
+        scores = loop.final_scores or evaluate(state.variables, None)
+        write_samples(folder.path / "samples.npz", program, state.variables)
     finally:
         checkpoints.close()
     parameters, active = count_parameters(program)
@@ -132,7 +132,7 @@ def evaluate_run(
         state = checkpoints.restore_state(chosen, program.fresh_state())
     finally:
         checkpoints.close()
-    scores = make_evaluate(program)(state.params, None)
+    scores = make_evaluate(program)(state.variables, None)
     return chosen, _task_results(program.experiment, scores)
 
 
@@ -202,7 +202,7 @@ class _Loop:
     def _scores(self, state: TrainState, last: bool) -> dict[str, float]:
         """Flat test metrics; at the last step of all test records."""
         number = None if last else self._experiment.evaluation_examples
-        scores = self._evaluate(state.params, number)
+        scores = self._evaluate(state.variables, number)
         if last:
             self.final_scores = scores
         return {

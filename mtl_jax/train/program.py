@@ -187,7 +187,12 @@ def build_program(
             f"a multiple of {share_multiple} (devices and routing groups)"
         )
     num_tasks = len(experiment.tasks)
-    objective = Objective(experiment.model, experiment.tasks, experiment.labels)
+    objective = Objective(
+        experiment.model,
+        experiment.tasks,
+        experiment.labels,
+        experiment.mutual_information_weight,
+    )
     method = _method(experiment)
     if isinstance(method, Balancer):
         gradient_function = balanced(objective, method)
@@ -215,6 +220,7 @@ def build_program(
             _box_like(aggregator.init(nn.unbox(params["trunk"])), params["trunk"]),
             optimizer.init(params),  # type: ignore[arg-type]
             step_key,
+            experiment.model.init_collections(params_key, experiment.inputs),
         )
 
     abstract_state = jax.eval_shape(init, jax.random.key(0))
@@ -294,7 +300,9 @@ def _sharpened(
     summed = jax.value_and_grad(objective.summed_loss)
     return experiment.sharpness(
         gradient_function,
-        ascent=lambda params, batch, key, aggregator_state: summed(params, batch, key),
+        ascent=lambda params, batch, key, aggregator_state, collections=None: summed(
+            params, batch, key, collections
+        ),
     )
 
 

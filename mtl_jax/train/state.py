@@ -20,6 +20,8 @@ class TrainState:
       aggregator_state: State of the aggregator of task gradients.
       optimizer_state: State of the Optax chain behind it.
       key: PRNG key of the run; the key of a step is this one folded with its number.
+      collections: What the trunk keeps besides its parameters and changes in training,
+        such as the biases of a router without auxiliary losses; mostly empty.
     """
 
     step: Int[Array, ""]
@@ -27,3 +29,9 @@ class TrainState:
     aggregator_state: Any
     optimizer_state: optax.OptState
     key: Key[Array, ""]
+    collections: Mapping = dataclasses.field(default_factory=dict)
+
+    @property
+    def variables(self) -> Mapping:
+        """All that predictions depend on: parameters and collections."""
+        return {**self.params, "collections": self.collections}

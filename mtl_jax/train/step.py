@@ -41,7 +41,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         evaluation, gradient = gradient_function(
-            state.params, batch, key, state.aggregator_state
+            state.params, batch, key, state.aggregator_state, state.collections
         )
         updates, optimizer_state = optimizer.update(
             gradient, state.optimizer_state, state.params
@@ -66,6 +66,7 @@ def make_train_step(
             evaluation.aggregator_state,
             optimizer_state,
             state.key,
+            evaluation.collections,
         )
         return state, {k: v for k, v in metrics.items() if v is not None}
 
@@ -89,7 +90,7 @@ def observing(step: Step, objective: Objective, balancer: Balancer) -> Step:
     def observed(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         state, metrics = step(state, batch)
-        losses, _ = objective.losses(state.params, batch, key)
+        losses, _ = objective.losses(state.params, batch, key, state.collections)
         balance = state.aggregator_state
         memory = observe(losses, balance.memory, objective.label_counts(batch) > 0)
         state = dataclasses.replace(

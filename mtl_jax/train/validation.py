@@ -102,6 +102,16 @@ def _check_numbers(experiment: Experiment) -> None:
         )
     if not 0 <= experiment.seed < 2**32:
         raise ValueError(f"seed is {experiment.seed}; it must be in [0, 2**32)")
+    weight = experiment.mutual_information_weight
+    if weight < 0:
+        raise ValueError(
+            f"mutual_information_weight is {weight}; it must be at least 0"
+        )
+    if weight and not experiment.model.task_conditioned:
+        raise ValueError(
+            f"mutual_information_weight is {weight}, but the trunk has no router a "
+            "task, and so no experts by task; set trunk.num_tasks, or the weight to 0"
+        )
     if experiment.gradients_at not in ("params", "features"):
         raise ValueError(
             f'gradients_at is {experiment.gradients_at!r}; use "params" or "features"'

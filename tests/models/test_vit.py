@@ -25,7 +25,9 @@ from mtl_jax.layers.patch import (
     sincos_position_embedding,
 )
 from mtl_jax.models import VisionTransformer
+from mtl_jax.models.multitask import layer_statistics
 
+KEY = jax.random.key(5)
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 8, 12, 3), minval=-1)
 TRUNK = functools.partial(
     VisionTransformer, width=8, depth=2, num_heads=2, patch_size=4, mlp_ratio=2
@@ -327,3 +329,64 @@ def test_what_is_learned_at_tokens_has_logical_axes():
     scale = params["block_1"]["mlp_scale"]
     assert scale.names == ("embed",)
     assert scale.value.tolist() == [0.5] * 8
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_blocks_compute_what_others_do(remat):
+    plain = TRUNK(depth=4, moe=EXPERTS, num_tasks=3)
+    scanned = plain.clone(scan=True, remat=remat)
+    assert scanned.period == 2
+    init = jax.jit(lambda key: plain.init(key, IMAGES, jnp.int32(0)))
+    params = nn.unbox(init(jax.random.key(1)))["params"]
+    blocks = {
+        f"block_{j}": jax.tree.map(
+            lambda *leaves: jnp.stack(leaves),
+            *(params[f"block_{i + j}"] for i in (0, 2)),
+        )
+        for j in (0, 1)
+    }
+    stacked = {k: v for k, v in params.items() if not k.startswith("block")}
+    stacked["blocks"] = blocks
+    shapes = jax.eval_shape(lambda key: scanned.init(key, IMAGES, jnp.int32(0)), KEY)
+    assert jax.tree.map(jnp.shape, nn.unbox(shapes)["params"]) == jax.tree.map(
+        jnp.shape, stacked
+    )
+    kernel = shapes["params"]["blocks"]["block_1"]["moe"]["experts"]["up"]["kernel"]
+    assert kernel.names == ("layers", "expert", "embed", "mlp")
+
+    def value_and_gradient(trunk, params):
+        def loss(params):
+            features, sown = trunk.apply(
+                {"params": params},
+                IMAGES,
+                jnp.int32(1),
+                mutable=["losses", "statistics"],
+            )
+            auxiliary = sum(jnp.sum(x) for x in jax.tree.leaves(sown["losses"]))
+            statistics = layer_statistics(sown["statistics"], trunk.period)
+            return jnp.sum(jnp.sin(features)) + auxiliary, statistics
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (expected, layers), gradient = value_and_gradient(plain, params)
+    (actual, scanned_layers), scanned_gradient = value_and_gradient(scanned, stacked)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    assert set(layers) == {"block_1", "block_3"}
+    for name in layers:
+        np.testing.assert_allclose(
+            scanned_layers[name]["load"], layers[name]["load"], atol=1e-6
+        )
+    for i in (0, 2):
+        for j in (0, 1):
+            jax.tree.map(
+                lambda ours, theirs, i=i: np.testing.assert_allclose(
+                    ours[i // 2], theirs, rtol=1e-3, atol=1e-5
+                ),
+                scanned_gradient["blocks"][f"block_{j}"],
+                gradient[f"block_{i + j}"],
+            )
+
+
+def test_depth_that_does_not_repeat():
+    with pytest.raises(ValueError, match="depth=3 is no multiple of the 2 blocks"):
+        TRUNK(depth=3, moe=EXPERTS, scan=True).init(KEY, IMAGES)

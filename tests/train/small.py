@@ -94,20 +94,16 @@ def experiment(
     """
     moe = None
     if num_experts:
-
-        def moe(**arguments):
-            return MoE(
-                num_experts=num_experts,
-                expert_hidden=16,
-                group_size=1,
-                router=functools.partial(
-                    NoisyTopK,
-                    gate=functools.partial(
-                        Gate, kernel_init=nn.initializers.normal(0.3)
-                    ),
-                ),
-                **arguments,
-            )
+        moe = functools.partial(
+            MoE,
+            num_experts=num_experts,
+            expert_hidden=16,
+            group_size=1,
+            router=functools.partial(
+                NoisyTopK,
+                gate=functools.partial(Gate, kernel_init=nn.initializers.normal(0.3)),
+            ),
+        )
 
     defaults = {
         "tasks": (

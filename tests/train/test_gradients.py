@@ -9,6 +9,7 @@ from small import experiment
 
 from mtl_jax import optim
 from mtl_jax.data import training_batches
+from mtl_jax.layers.moe.routers import LossFree
 from mtl_jax.models.multitask import repeat
 from mtl_jax.train import build_program
 from mtl_jax.train.gradients import at_features, at_params, balanced
@@ -183,3 +184,75 @@ def test_features_need_a_shared_trunk():
     objective, _, _ = setup(num_routers=4)
     with pytest.raises(ValueError, match='gradients_at="params"'):
         at_features(objective, optim.sum(num_tasks=4))
+
+
+def test_the_loss_over_all_tasks_reaches_every_router():
+    chosen = experiment(mutual_information_weight=2.0)
+    objective, params, batch = setup(mutual_information_weight=2.0)
+    evaluation, gradient = jax.jit(at_params(objective, WEIGHTED))(
+        params, batch, KEY, jnp.ones(4)
+    )
+    value, expected = jax.jit(jax.value_and_grad(objective.summed_loss))(
+        params, batch, KEY
+    )
+    np.testing.assert_allclose(
+        jnp.sum(evaluation.losses) + evaluation.auxiliary_loss, value, rtol=1e-5
+    )
+    assert_trees_close(gradient["trunk"], expected["trunk"])
+    plain, _, _ = setup()
+    difference = value - jax.jit(plain.summed_loss)(params, batch, KEY)
+    # By the definition, from the statistics of every pass of the two sources. Tiles
+    # have as many tokens as stripes: both are of the same size.
+    total = 0.0
+    for block in evaluation.statistics["bright"]:
+        gates = np.stack(
+            [
+                np.float64(evaluation.statistics[task.name][block]["gates"])
+                * chosen.mixture.examples_per_batch(1)[source]
+                for source, names in chosen.labels.items()
+                for task in chosen.tasks
+                if task.name in names
+            ]
+        )
+        joint = gates / gates.sum()
+        by_task, by_expert = joint.sum(1, keepdims=True), joint.sum(0, keepdims=True)
+        inside = joint / ((by_task + 1e-4) * (by_expert + 1e-4)) + 1e-4
+        total -= np.sum(joint * np.log(inside))
+    np.testing.assert_allclose(difference, 2.0 * total, rtol=2e-3)
+
+
+def test_what_every_pass_changes_in_a_collection_adds_up():
+    chosen = experiment(num_routers=None)
+    loss_free = functools.partial(chosen.trunk.moe, router=LossFree)
+    trunk = chosen.trunk.clone(moe=loss_free)
+    program = build_program(
+        experiment(num_routers=None, trunk=trunk), jax.devices()[:1]
+    )
+    state = program.init_state()
+    (block,) = state.collections["balance"]
+    np.testing.assert_array_equal(
+        state.collections["balance"][block]["moe"]["router"]["bias"], np.zeros(4)
+    )
+    batch = program.place(
+        next(
+            training_batches(
+                program.experiment.mixture,
+                {task.name: task.field for task in chosen.tasks},
+                0,
+                program.share_multiple,
+            )
+        )
+    )
+    stepped, _ = jax.jit(program.step)(state, batch)
+    bias = stepped.collections["balance"][block]["moe"]["router"]["bias"]
+    expected = np.zeros(4)
+    for source in chosen.labels:
+        _, sown = trunk.apply(
+            {"params": state.params["trunk"], **state.collections},
+            batch[source].inputs,
+            mutable=["statistics"],
+        )
+        load = np.asarray(sown["statistics"][block]["moe"]["load"])
+        expected += 1e-3 * np.sign(1 / 4 - load)
+    assert np.any(expected)
+    np.testing.assert_allclose(bias, expected, atol=1e-7)

@@ -255,6 +255,15 @@ def test_experts_that_do_not_fit(moe, expected):
     assert_refused(with_trunk(moe=moe), expected)
 
 
+def test_a_loss_over_tasks_needs_routers_for_them():
+    weighted = {"mutual_information_weight": 0.01}
+    validate(dataclasses.replace(GOOD, **weighted))
+    shared = dataclasses.replace(with_trunk(num_tasks=None), **weighted)
+    assert_refused(shared, "mutual_information_weight is 0.01, but the trunk has no")
+    negative = dataclasses.replace(GOOD, mutual_information_weight=-1.0)
+    assert_refused(negative, "mutual_information_weight is -1.0; it must be at least")
+
+
 class OwnTrunk(nn.Module):
     """A trunk of another making, whose sizes mean what they like."""
 
