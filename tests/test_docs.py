@@ -15,6 +15,7 @@ PAGES = (
     ("README.md", "docs/quickstart.md"),
     ("docs/configs.md", "docs/sharding.md"),
     ("docs/data.md",),
+    ("docs/pretrained.md",),
     ("docs/extend/task.md",),
     ("docs/extend/source.md",),
     ("docs/extend/method.md",),

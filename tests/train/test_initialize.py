@@ -38,11 +38,14 @@ def keep_initial(num_steps):
     )
 
 
+def small(**fields):
+    trunk = VisionTransformer(width=16, depth=1, num_heads=2, patch_size=4)
+    return experiment(num_experts=0, trunk=trunk, **fields)
+
+
 @functools.cache
 def program(**fields):
-    return build_program(
-        experiment(num_experts=0, mesh=MESH, optimizer=keep_initial, **fields)
-    )
+    return build_program(small(mesh=MESH, optimizer=keep_initial, **fields))
 
 
 def test_a_run_starts_from_what_initialize_makes_sharded_as_fresh_ones():
@@ -97,12 +100,7 @@ def test_a_run_that_continues_is_not_initialized_again(tmp_path, monkeypatch):
         calls.append(params)
         return pretrained(params)
 
-    chosen = experiment(
-        num_experts=0,
-        trunk=VisionTransformer(width=8, depth=1, num_heads=1, patch_size=4),
-        initialize=initialize,
-        num_steps=1,
-    )
+    chosen = small(initialize=initialize, num_steps=1)
     built = build_program(chosen, jax.devices()[:1])
     train(built, RunFolder(tmp_path), "small")
     assert len(calls) == 1

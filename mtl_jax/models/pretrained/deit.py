@@ -15,6 +15,7 @@ from mtl_jax.models.pretrained.mapping import Pretrained, convert
 
 IGNORED = (
     *("pooler.", "deit.pooler.", "decoder."),
+    *("embeddings.mask_token", "deit.embeddings.mask_token"),
     *("classifier.", "cls_classifier.", "distillation_classifier."),
 )
 

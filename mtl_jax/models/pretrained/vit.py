@@ -13,7 +13,10 @@ from mtl_jax.models.pretrained.huggingface import (
 )
 from mtl_jax.models.pretrained.mapping import Pretrained, convert
 
-IGNORED = ("pooler.", "vit.pooler.", "classifier.", "decoder.")
+IGNORED = (
+    *("pooler.", "vit.pooler.", "classifier.", "decoder."),
+    *("embeddings.mask_token", "vit.embeddings.mask_token"),
+)
 
 
 def convert_vit(
