@@ -13,6 +13,7 @@ import numpy as np
 
 from mtl_jax.scaling.collectives import Collective, collectives
 from mtl_jax.scaling.hlo import parse
+from mtl_jax.scaling.products import device_flops
 from mtl_jax.scaling.roofline import Roofline, make_roofline
 from mtl_jax.scaling.topology import Topology
 from mtl_jax.scaling.traffic import memory_bytes
@@ -80,8 +81,10 @@ class Estimate:
       total_parameters: Parameters.
       active_parameters: Those that one task's example uses.
       bytes: Memory of one chip.
-      flops: Operations of a step on all chips.
+      flops: Operations of a step, as the experiment asks for them.
       useful_flops: The same without what is recomputed to save memory.
+      chip_flops: What one chip executes: its share of ``flops``, or more where several
+        chips compute the same.
       memory_bytes: Traffic of one chip with its memory.
       traffic: Its collectives.
       roofline: Least time of a step.
@@ -99,6 +102,7 @@ class Estimate:
     bytes: Bytes
     flops: int
     useful_flops: int
+    chip_flops: int
     memory_bytes: int
     traffic: tuple[Traffic, ...]
     roofline: Roofline
@@ -143,6 +147,8 @@ def estimate(
     module = parse(compiled.as_text() or "")
     traffic = collectives(module, program.mesh.shape)
     bytes_ = memory_bytes(module)
+    # What kernels written in Pallas do cannot be seen once compiled.
+    executed = max(device_flops(module), flops // len(topology.devices))
     total, active = count_parameters(program)
     return Estimate(
         topology=topology.name,
@@ -155,12 +161,13 @@ def estimate(
         bytes=_bytes(program, compiled.memory_analysis(), topology),
         flops=flops,
         useful_flops=_useful_flops(experiment, topology) or flops,
+        chip_flops=executed * topology.chip.devices,
         memory_bytes=bytes_ * topology.chip.devices,
         traffic=_by_kind(traffic, topology.chip.devices),
         roofline=make_roofline(
             topology,
             program.mesh.devices,
-            flops=flops / len(topology.devices),
+            flops=executed,
             memory_bytes=bytes_,
             collectives=traffic,
         ),

@@ -42,8 +42,9 @@ def format_estimate(estimate: Estimate) -> str:
         "",
         "operations of a step, in TFLOP",
         _row("all chips", estimate.flops / 1e12),
-        _row("a chip", estimate.flops / estimate.chips / 1e12),
-        _row("a chip, none twice", estimate.useful_flops / estimate.chips / 1e12),
+        _row("  none recomputed", estimate.useful_flops / 1e12),
+        _row("a chip, its share", estimate.flops / estimate.chips / 1e12),
+        _row("a chip, as compiled", estimate.chip_flops / 1e12),
         "",
         "collectives of a chip in a step                  count            MB",
     ]
