@@ -1,10 +1,12 @@
 """A training run that starts from a published trunk."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.traverse_util
 import jax.numpy as jnp
+import numpy as np
 
 from mtl_jax.layers.patch import resize_positions
 from mtl_jax.models.pretrained.mapping import Pretrained
@@ -16,7 +18,8 @@ def warm_start(
     """Parameters with a published trunk in place of the fresh one.
 
     For an experiment's ``initialize``, as a partial with ``load``. Heads stay fresh.
-    Positions are resized to the ``position_grid`` of the trunk.
+    Positions are resized to the ``position_grid`` of the trunk, and its blocks stacked
+    where it loops over them by ``scan``.
 
     Args:
       params: Fresh parameters ``{"trunk": ..., "heads": ...}``.
@@ -33,6 +36,8 @@ def warm_start(
     pretrained = load()
     published: dict[str, Any] = dict(_flat(pretrained.params))
     trunk = _flat(params["trunk"])
+    if "blocks" in params["trunk"]:
+        published = _stacked(published, len(params["trunk"]["blocks"]))
     if "positions" in published and "positions" in trunk:
         grid = trunk["positions"].shape[:2]
         if grid != published["positions"].shape[:2]:
@@ -60,6 +65,24 @@ def warm_start(
         )
     fitted = {path: published[path].astype(leaf.dtype) for path, leaf in trunk.items()}
     return {**params, "trunk": flax.traverse_util.unflatten_dict(fitted, sep="/")}
+
+
+def _stacked(published: Mapping[str, Any], period: int) -> dict[str, Any]:
+    """Parameters of blocks as a scan has them, which repeats ``period`` blocks.
+
+    Block ``k * period + j`` is item ``k`` of ``blocks/block_j``.
+    """
+    result: dict[str, Any] = {}
+    groups: dict[str, list[np.ndarray]] = {}
+    for path, array in published.items():
+        found = re.fullmatch(r"block_(\d+)/(.*)", path)
+        if found:
+            name = f"blocks/block_{int(found[1]) % period}/{found[2]}"
+            # In order, as blocks are.
+            groups.setdefault(name, []).append(array)
+        else:
+            result[path] = array
+    return result | {name: np.stack(arrays) for name, arrays in groups.items()}
 
 
 def _flat(tree: Mapping[str, Any]) -> Mapping[str, Any]:

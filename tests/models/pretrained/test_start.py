@@ -11,7 +11,12 @@ from fixtures import FOLDER, expected
 from mtl_jax.layers.heads import Classification
 from mtl_jax.layers.patch import resize_positions
 from mtl_jax.models import MultitaskModel
-from mtl_jax.models.pretrained import convert_dinov2, load_huggingface, warm_start
+from mtl_jax.models.pretrained import (
+    convert_dinov2,
+    load_huggingface,
+    start,
+    warm_start,
+)
 
 LOAD = functools.partial(
     load_huggingface, FOLDER / "dinov2_with_registers", convert_dinov2
@@ -62,6 +67,28 @@ def test_positions_are_resized_to_the_trunks_grid():
     # As it is checked before a run, by shapes alone.
     shapes = jax.eval_shape(functools.partial(warm_start, load=LOAD), params)
     assert shapes["trunk"]["positions"].shape == (2, 5, 8)
+
+
+def test_blocks_are_stacked_for_a_scan_over_them():
+    params = warm_start(fresh(scan=True), load=LOAD)
+    golden = expected("dinov2_with_registers")
+    trunk = model(scan=True).trunk
+    features = jax.jit(trunk.apply)(
+        {"params": params["trunk"]}, golden["trained/images"]
+    )
+    np.testing.assert_allclose(
+        features, golden["trained/patches"], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_stacked_blocks_are_in_order():
+    # Four blocks, of which a scan repeats two.
+    published = {f"block_{i}/a/b": np.float32(i)[None] for i in range(4)}
+    published["norm/scale"] = np.zeros(1)
+    stacked = start._stacked(published, 2)
+    assert set(stacked) == {"norm/scale", "blocks/block_0/a/b", "blocks/block_1/a/b"}
+    assert stacked["blocks/block_0/a/b"].tolist() == [[0], [2]]
+    assert stacked["blocks/block_1/a/b"].tolist() == [[1], [3]]
 
 
 @pytest.mark.parametrize(
