@@ -11,7 +11,8 @@ from mtl_jax.layers.mlp import Mlp
 from mtl_jax.layers.moe.dispatch import slots_per_expert
 from mtl_jax.layers.moe.execution import Execution, choose, run
 from mtl_jax.layers.moe.experts import expert_stages
-from mtl_jax.layers.moe.record import record
+from mtl_jax.layers.moe.filling import Filling, run_filled
+from mtl_jax.layers.moe.record import record, record_filled
 from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.sharding import expert_parallel
@@ -33,12 +34,18 @@ class MoE(nn.Module):
     which kernels they are computed, follows from shapes, mesh and platform; the result
     does not depend on it.
 
+    Some routers fill the experts' buffers themselves, see
+    `mtl_jax.layers.moe.filling.Filling`. They have a ``capacity_factor`` of their own;
+    this layer's, ``num_selected`` and ``execution`` are for those by which tokens
+    choose.
+
     Two collections are written where they are mutable: ``losses`` has the weighted
     ``auxiliary`` loss, a scalar to add to the objective; ``statistics`` has, averaged
     over groups, ``load`` (fraction of assignments to each expert), ``dropped``
-    (fraction of assignments without a slot), ``dead`` (fraction of experts that got
-    no token of the batch), ``entropy`` (of a token's gates, in nats), ``gates`` (mean
-    gate of each expert) and the router's losses before their weights.
+    (fraction of assignments without a slot, or of tokens in no buffer), ``dead``
+    (fraction of experts that got no token of the batch), ``entropy`` (of a token's
+    gates, in nats), ``gates`` (mean gate of each expert) and the router's losses before
+    their weights.
 
     Attributes:
       num_experts: Number of experts.
@@ -115,9 +122,8 @@ class MoE(nn.Module):
             num_tasks=self.num_tasks,
             name="router",
         )
-        routing = router(groups, task, condition, train=train)
-        output, dropped = self._apply_experts(groups.astype(self.dtype), routing)
-        record(self, routing, dropped)
+        decision = router(groups, task, condition, train=train)
+        output = self._apply_experts(groups.astype(self.dtype), decision)
         output = output.reshape(x.shape)
         if self.num_shared_experts:
             shared = self.expert(
@@ -129,29 +135,39 @@ class MoE(nn.Module):
         return output
 
     def _apply_experts(
-        self, groups: Float[Array, "groups tokens width"], routing: Routing
-    ) -> tuple[Float[Array, "groups tokens width"], Float[Array, ""]]:
-        """The experts' weighted outputs, and the fraction of assignments dropped."""
-        num_tokens = groups.shape[1]
-        capacity = num_tokens
-        if self.capacity_factor is not None:
-            capacity = slots_per_expert(
-                num_tokens, self.num_experts, self.num_selected, self.capacity_factor
-            )
+        self, groups: Float[Array, "groups tokens width"], decision: Routing | Filling
+    ) -> Float[Array, "groups tokens width"]:
+        """The experts' weighted outputs; records statistics of the decision."""
         expert = self.expert(
             hidden=self.expert_hidden, dtype=self.dtype, name="experts"
         )
         stages, parameters = expert_stages(
             expert, self.num_experts, groups.shape[-1], self.dtype
         )
+        if not isinstance(decision, Routing):
+            if self.execution is not None:
+                raise ValueError(
+                    f"execution={self.execution} is for tokens that choose experts, "
+                    "and this router fills the experts' buffers itself; leave it None."
+                )
+            record_filled(self, decision)
+            return run_filled(stages, parameters, groups, decision)
+        num_tokens = groups.shape[1]
+        capacity = num_tokens
+        if self.capacity_factor is not None:
+            capacity = slots_per_expert(
+                num_tokens, self.num_experts, self.num_selected, self.capacity_factor
+            )
         how = self.execution or choose(
-            num_assignments=routing.expert_index.size,
+            num_assignments=decision.expert_index.size,
             num_experts=self.num_experts,
             num_selected=self.num_selected,
             capacity_factor=self.capacity_factor,
             uses_matmuls=hasattr(expert, "stages"),
         )
-        return run(how, stages, parameters, groups, routing, capacity)
+        output, dropped = run(how, stages, parameters, groups, decision, capacity)
+        record(self, decision, dropped)
+        return output
 
     def _check(self, batch: int) -> None:
         if self.group_size < 1 or batch % self.group_size:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from mtl_jax.layers.moe.filling import Filling
 from mtl_jax.layers.moe.routing import Routing, assigned_fraction, entropy
 
 
@@ -19,17 +20,46 @@ def record(module: nn.Module, routing: Routing, dropped: Float[Array, ""]) -> No
         return
     num_experts = routing.probabilities.shape[-1]
     load = jnp.mean(assigned_fraction(routing.expert_index, num_experts), axis=0)
-    statistics = {
+    losses = {name: jnp.mean(loss) for name, loss in routing.losses.items()}
+    statistics = _statistics(load, dropped, routing.probabilities)
+    for name, value in (statistics | losses).items():
+        _sow(module, "statistics", name, value)
+    _sow(module, "losses", "auxiliary", routing.auxiliary_loss)
+
+
+def record_filled(module: nn.Module, filling: Filling) -> None:
+    """Writes the same where the router filled the experts' buffers itself.
+
+    All experts then have the same load, and there is no loss; what is dropped is the
+    fraction of tokens that are in no buffer.
+
+    Args:
+      module: The layer.
+      filling: What its router decided.
+    """
+    if module.is_initializing():
+        return
+    num_experts = filling.probabilities.shape[-1]
+    load = jnp.full(num_experts, 1 / num_experts, jnp.float32)
+    dropped = 1.0 - jnp.mean(filling.served.astype(jnp.float32))
+    statistics = _statistics(load, dropped, filling.probabilities)
+    for name, value in statistics.items():
+        _sow(module, "statistics", name, value)
+    _sow(module, "losses", "auxiliary", jnp.zeros((), jnp.float32))
+
+
+def _statistics(
+    load: Float[Array, " experts"],
+    dropped: Float[Array, ""],
+    probabilities: Float[Array, "groups tokens experts"],
+) -> dict[str, Array]:
+    return {
         "load": load,
         "dropped": dropped,
         "dead": jnp.mean((load == 0).astype(jnp.float32)),
-        "entropy": entropy(routing.probabilities),
-        "gates": jnp.mean(routing.probabilities, axis=(0, 1)),
-        **{name: jnp.mean(loss) for name, loss in routing.losses.items()},
+        "entropy": entropy(probabilities),
+        "gates": jnp.mean(probabilities, axis=(0, 1)),
     }
-    for name, value in statistics.items():
-        _sow(module, "statistics", name, value)
-    _sow(module, "losses", "auxiliary", routing.auxiliary_loss)
 
 
 def _sow(module: nn.Module, collection: str, name: str, value: Array) -> None:
