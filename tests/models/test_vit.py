@@ -229,7 +229,7 @@ PUBLISHED = {
 
 
 def published_parameters(trunk):
-    params = nn.unbox(trunk.init(jax.random.key(0), IMAGES))["params"]
+    params = nn.unbox(jax.eval_shape(trunk.init, jax.random.key(0), IMAGES))["params"]
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return structure.unflatten(
@@ -276,7 +276,7 @@ def oracle(trunk, params, image):
 def test_what_published_trunks_have_against_float64(kind):
     trunk = PUBLISHED[kind]
     params = published_parameters(trunk)
-    actual = np.asarray(trunk.apply({"params": params}, IMAGES))
+    actual = np.asarray(apply(trunk, params, IMAGES, None))
     for image, features in zip(np.asarray(IMAGES), actual, strict=True):
         expected = oracle(trunk, float64(params), np.float64(image))
         grid = expected[-6:].reshape(2, 3, 8)
@@ -293,11 +293,11 @@ def test_what_published_trunks_have_against_float64(kind):
 def test_learned_positions_serve_images_of_other_sizes():
     trunk = PUBLISHED["class token and positions"].clone(position_grid=(3, 2))
     params = published_parameters(trunk)
-    output = trunk.apply({"params": params}, IMAGES)
+    output = apply(trunk, params, IMAGES, None)
     # As if they had been resized once and for all.
     resized = resize_positions(params["positions"], 2, 3)
     fitted = trunk.clone(position_grid=(2, 3))
-    expected = fitted.apply({"params": params | {"positions": resized}}, IMAGES)
+    expected = apply(fitted, params | {"positions": resized}, IMAGES, None)
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
 
 
