@@ -108,7 +108,8 @@ class LossFree(nn.Module):
         """Routes the tokens of each group.
 
         Raises:
-          ValueError: If ``num_selected`` is 1, or ``task`` does not fit ``num_tasks``.
+          ValueError: If ``num_selected`` is 1, if ``task`` does not fit ``num_tasks``,
+            or if collection ``balance`` was left out.
         """
         if self.num_selected == 1:
             raise ValueError(
@@ -123,6 +124,12 @@ class LossFree(nn.Module):
         shape = (self.num_experts,)
         if self.num_tasks is not None:
             shape = (self.num_tasks, *shape)
+        is_mutable = self.is_mutable_collection("balance")
+        if not is_mutable and not self.has_variable("balance", "bias"):
+            raise ValueError(
+                "collection 'balance' is not among the variables, and has the bias of "
+                "LossFree; give it to apply beside 'params', as init returned it."
+            )
         biases = self.variable("balance", "bias", jnp.zeros, shape, jnp.float32)
         row = () if task is None else task
         bias = biases.value[row]
@@ -133,8 +140,7 @@ class LossFree(nn.Module):
             routed_scaling=self.routed_scaling,
             as_released=self.as_released,
         )
-        moves = train and self.is_mutable_collection("balance")
-        if moves and not self.is_initializing():
+        if train and is_mutable and not self.is_initializing():
             new = updated_bias(bias, routing.expert_index, self.update_rate)
             biases.value = biases.value.at[row].set(new)
         return routing

@@ -105,6 +105,8 @@ def test_bias_moves_where_it_may():
     np.testing.assert_array_equal(kept["balance"]["bias"], np.zeros(4))
     frozen = router.apply(variables, tokens, train=True)
     np.testing.assert_array_equal(frozen.expert_index, routing.expert_index)
+    with pytest.raises(ValueError, match="collection 'balance' is not among"):
+        router.apply({"params": variables["params"]}, tokens, train=True)
 
 
 def test_each_task_has_its_bias():
