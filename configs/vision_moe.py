@@ -9,8 +9,8 @@ everything else can stay.
 Every second block has experts, of which each token goes to two. The tasks share the
 router, so that one pass serves all of them; UPGrad combines their gradients at the
 features, which costs no more than a plain sum. Computed in bfloat16, with float32
-parameters; blocks are looped over, and recomputed in the backward pass. Each variant has the mesh and
-the batch for one slice:
+parameters; blocks are looped over, and recomputed in the backward pass. Each variant
+has the mesh and the batch for one slice:
 
 | variant | width | depth | experts | parameters | slice | mesh |
 |---|---|---|---|---|---|---|
