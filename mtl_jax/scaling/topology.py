@@ -5,6 +5,7 @@ libtpu, which compiles for TPUs, makes descriptions of their devices on any mach
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -81,12 +82,7 @@ def make_topology(name: str) -> Topology:
         this release of JAX.
     """
     chip, shape = _parse(name)
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "compiling for TPUs needs libtpu, which is not installed; install it with "
-            "pip install 'mtl_jax[tpu]', which chooses the release that fits JAX "
-            f"{jax.__version__}"
-        )
+    _check_libtpu()
     options: dict[str, Any] = {}
     if chip.name == "v4":
         # Its two cores as the one device that they are on real slices.
@@ -103,6 +99,27 @@ def make_topology(name: str) -> Topology:
             f"topology {name!r} cannot be made: {error}; choose sides that are even"
         ) from error
     return Topology(name, chip, shape, tuple(description.devices))
+
+
+def _check_libtpu() -> None:
+    remedy = f"pip install 'jax[tpu]=={jax.__version__}'"
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "compiling for TPUs needs libtpu, which is not installed; it comes with "
+            f"the extra mtl_jax[tpu], or with {remedy}"
+        )
+    wanted = [
+        match[1]
+        for requirement in importlib.metadata.requires("jax") or []
+        if (match := re.match(r"libtpu==([\d.]+)\.\*", requirement))
+    ]
+    there = importlib.metadata.version("libtpu")
+    if wanted and not any(f"{there}.".startswith(f"{w}.") for w in wanted):
+        # Another one compiles some operations otherwise, and prints what is unreadable.
+        raise ValueError(
+            f"libtpu {there} is installed, but JAX {jax.__version__} is made for "
+            f"{wanted[0]}.*; install that with {remedy}"
+        )
 
 
 def _parse(name: str) -> tuple[Chip, tuple[int, int, int]]:

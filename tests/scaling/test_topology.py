@@ -1,8 +1,10 @@
 """Slices that are not there: names, devices, and what cannot be."""
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 
 import jax
@@ -67,7 +69,15 @@ def test_a_slice_that_the_compiler_refuses():
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'mtl_jax\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"not installed; .* mtl_jax\[tpu\]"):
+        make_topology("v5e:4x8")
+
+
+@needs_libtpu
+def test_another_libtpu_than_jax_is_made_for_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1.2")
+    remedy = re.escape(f"pip install 'jax[tpu]=={jax.__version__}'")
+    with pytest.raises(ValueError, match=f"libtpu 0.0.1.2 is installed.*{remedy}"):
         make_topology("v5e:4x8")
 
 
