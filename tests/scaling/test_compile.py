@@ -1,8 +1,11 @@
 """The command from end to end, and what the compiler's complaints become."""
 
 import json
+import os
 import platform
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -12,6 +15,7 @@ from mtl_jax.scaling.chips import CHIPS
 from mtl_jax.scaling.compile import OutOfMemoryError, _out_of_memory
 from mtl_jax.scaling.topology import Topology
 
+ROOT = Path(__file__).parent.parent.parent
 SMALL = ("compile", "earth_digits:single_digit", "--smoke")
 
 pytestmark = pytest.mark.skipif(
@@ -117,3 +121,39 @@ def test_other_faults_of_the_compiler_are_not_hidden():
         _out_of_memory(topology),
     ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_other_commands_are_silent_though_libtpu_is_installed(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    command = [sys.executable, str(ROOT / "run.py"), "show", *SMALL[1:]]
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
+    assert finished.stderr == b""
+    assert b"mesh {'data': 1" in finished.stdout
+
+
+# A TPU shows as a device file, or on the PCI bus by its vendor; 0x8086 is Intel.
+@pytest.mark.parametrize(
+    ("files", "vendors", "expected"),
+    [
+        ((), ("0x8086",), True),
+        (("accel0",), (), False),
+        (("vfio/0",), (), False),
+        (("nvidia0",), (), False),
+        ((), ("0x8086", "0x1ae0"), False),
+    ],
+)
+def test_jax_is_kept_from_tpus_only_where_there_are_none(
+    files, vendors, expected, tmp_path, monkeypatch
+):
+    for name in files:
+        path = tmp_path / "dev" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for number, vendor in enumerate(vendors):
+        folder = tmp_path / "sys/bus/pci/devices" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(f"{vendor}\n")
+    monkeypatch.setattr(cli, "Path", lambda path: tmp_path / str(path).lstrip("/"))
+    assert cli._libtpu_has_nothing_to_do() is expected
