@@ -7,9 +7,10 @@ two layouts:
 - *buffers*: ``capacity`` rows of every expert for every group, of which some stay
   empty. The layout can be split over devices, and sent between them.
 - *sorted*: all rows of one expert after those of the one before, each expert's padded
-  to a multiple of a small block. Hardly any row stays empty.
+  to the blocks that it is computed in. Few rows stay empty.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -137,30 +138,63 @@ def in_buffers(
 def in_order(
     expert_index: Int[Array, "groups tokens selected"],
     positions: Positions,
-    block: int,
+    sizes: tuple[int, ...],
 ) -> tuple[Slots, Int[Array, " experts"]]:
     """Rows sorted by expert; see the module.
 
     Args:
       expert_index: Experts of each token.
       positions: Their places in the queues.
-      block: Each expert's rows are padded to a multiple of this.
+      sizes: Sizes of the blocks that each expert's rows are padded to, ascending.
 
     Returns:
-      The slots, and the number of rows of each expert with padding. The rows behind
+      The slots, and the number of rows of each expert without padding. The rows behind
       the last expert's are empty too: there are as many as there could be.
     """
-    num_experts = positions.taken.shape[1]
+    num_groups, num_experts = positions.taken.shape
     count = jnp.sum(positions.taken, axis=0)
-    padded = (count + block - 1) // block * block
+    padded = padded_count(count, sizes)
     first = jnp.cumsum(padded) - padded
     before = jnp.cumsum(positions.taken, axis=0) - positions.taken + first[None]
-    group = jax.lax.broadcasted_iota(jnp.int32, expert_index.shape, 0)
     clipped = jnp.clip(expert_index, 0, num_experts - 1)
+    group = jax.lax.broadcasted_iota(jnp.int32, expert_index.shape, 0)
     row = before[group, clipped] + positions.place
     row = jnp.where(positions.kept, row, -1)
-    most = math.prod(expert_index.shape) + num_experts * (block - 1)
-    return Slots(row, _invert(row, most // block * block)), padded
+    num_tokens, num_selected = expert_index.shape[1:]
+    # As many as there could be: no token goes to an expert twice.
+    most = num_groups * num_tokens * min(num_selected, num_experts)
+    most += num_experts * (max(b - a for a, b in itertools.pairwise((0, *sizes))) - 1)
+    return Slots(row, _invert(row, most)), count
+
+
+def padded_count(
+    count: Int[Array, " experts"], sizes: tuple[int, ...]
+) -> Int[Array, " experts"]:
+    """Rows of each expert's blocks: as many of the largest as are full, and one more.
+
+    Args:
+      count: Rows of each expert.
+      sizes: Sizes of blocks, ascending.
+    """
+    return num_full(count, sizes) * sizes[-1] + jnp.where(
+        count > 0, jnp.asarray(sizes, count.dtype)[last_block(count, sizes)], 0
+    )
+
+
+def num_full(
+    count: Int[Array, " experts"], sizes: tuple[int, ...]
+) -> Int[Array, " experts"]:
+    """Blocks of the largest size before each expert's last block."""
+    return jnp.maximum(count - 1, 0) // sizes[-1]
+
+
+def last_block(
+    count: Int[Array, " experts"], sizes: tuple[int, ...]
+) -> Int[Array, " experts"]:
+    """Which size each expert's last block has."""
+    left = count - num_full(count, sizes) * sizes[-1]
+    larger = left[:, None] > jnp.asarray(sizes, count.dtype)[None]
+    return jnp.sum(larger, axis=1, dtype=count.dtype)
 
 
 def _invert(row: Int[Array, "..."], num_rows: int) -> Int[Array, " rows"]:

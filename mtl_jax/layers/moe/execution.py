@@ -17,7 +17,7 @@ from mtl_jax.layers.moe.grouped import Stage
 from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.sharding import expert_parallel
 
-ROWS_THAT_FILL_BLOCKS = 48
+ROWS_THAT_FILL_BLOCKS = 192
 """Rows an expert below which buffers beat blocks on a CPU (`benchmarks/moe.py`)."""
 
 
@@ -143,12 +143,17 @@ def _gathering(execution, stages, parameters, groups, routing, capacity):
         positions = dispatch.queue(expert_index, num_experts, capacity, priority)
         kept = positions.kept.astype(jnp.float32)
         if execution.layout == "sorted":
-            sizes = grouped.block_sizes(expert_index.size, num_experts)
-            slots, count = dispatch.in_order(expert_index, positions, sizes[-1])
+            most = groups.shape[0] * capacity
+            sizes = grouped.block_sizes(expert_index.size, num_experts, most)
+            if execution.matmul == "blocks":
+                apply = functools.partial(grouped.apply_blocks, sizes=sizes)
+            else:
+                sizes = (1,)  # No empty rows.
+                matmul = getattr(grouped_matmul, execution.matmul)
+                apply = functools.partial(grouped.apply_matmuls, grouped_matmul=matmul)
+            slots, count = dispatch.in_order(expert_index, positions, sizes)
             rows = dispatch.dispatch(groups, slots)
-            rows = _apply_sorted(execution.matmul)(
-                stages, parameters, rows, count, sizes
-            )
+            rows = apply(stages, parameters, rows, count)
             return dispatch.combine(rows, weight, slots), kept
         fill, empty = _FILLING[execution.layout]
         buffers, slots = fill(groups, expert_index, positions, capacity)
@@ -192,18 +197,3 @@ _FILLING: dict[str, tuple[Callable, Callable]] = {
     "buffers": (_fill_buffers, _empty_buffers),
     "one_hot": (_fill_by_mask, _empty_by_mask),
 }
-
-
-def _apply_sorted(matmul: str) -> Callable:
-    if matmul == "blocks":
-        return grouped.apply_blocks
-    kernel = {
-        "megablox": grouped_matmul.megablox,
-        "ragged_dot": grouped_matmul.ragged_dot,
-    }[matmul]
-
-    def apply(stages, parameters, rows, count, sizes):
-        del sizes
-        return grouped.apply_matmuls(stages, parameters, rows, count, kernel)
-
-    return functools.wraps(grouped.apply_matmuls)(apply)

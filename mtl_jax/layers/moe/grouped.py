@@ -15,8 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-LARGEST_BLOCK = 512
-SMALLEST_BLOCK = 8
+from mtl_jax.layers.moe import dispatch
+
+ROUNDING = 8
+"""Sizes of blocks are multiples of this."""
+
+PARTS = (1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2)
+"""Sizes of blocks in units of an even share of the rows."""
 
 Linear = Callable[[Array, PyTree], Array]
 """``(rows, {"kernel", "bias"}) -> rows``; without ``bias`` where there is none."""
@@ -38,25 +43,23 @@ def linear(
     )
 
 
-def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+def block_sizes(num_rows: int, num_experts: int, most: int) -> tuple[int, ...]:
     """Sizes of the blocks that suit so many rows on so many experts.
 
-    The largest is at most an expert's share, the others a quarter each: large products
-    for most rows, and few empty rows at the end of each expert's.
+    They lie closely around an expert's even share: one block then holds most experts'
+    rows, with few empty ones, and every parameter's gradient is added up once.
 
     Args:
       num_rows: Assignments in all.
       num_experts: Number of experts.
+      most: Rows that an expert can have at most.
 
     Returns:
-      The sizes, descending; each is a multiple of the next.
+      The sizes, ascending.
     """
-    share = max(num_rows // num_experts, SMALLEST_BLOCK)
-    size = min(2 ** int(math.log2(share)), LARGEST_BLOCK)
-    sizes = [size]
-    while len(sizes) < 3 and sizes[-1] // 4 >= SMALLEST_BLOCK:
-        sizes.append(sizes[-1] // 4)
-    return tuple(sizes)
+    share = num_rows / num_experts
+    sizes = (min(part * share, most) / ROUNDING for part in PARTS)
+    return tuple(sorted({math.ceil(size) * ROUNDING for size in sizes}))
 
 
 def apply_blocks(
@@ -74,9 +77,10 @@ def apply_blocks(
     Args:
       stages: What an expert does.
       parameters: Its parameters, with a leading axis over experts.
-      rows: Rows sorted by expert, zero where padded.
-      count: Rows of each expert, a multiple of the smallest block size.
-      sizes: Sizes of blocks, descending, each a multiple of the next.
+      rows: Rows sorted by expert, each expert's as many as `dispatch.padded_count`
+        says; zero where padded.
+      count: Rows of each expert without padding.
+      sizes: Sizes of blocks, ascending.
 
     Returns:
       The experts' outputs; zero behind the last expert's rows.
@@ -183,21 +187,28 @@ def _over_blocks(
     body: Callable[[_Block, Any], Any],
     carry: Any,
 ) -> Any:
-    """Runs ``body`` for every block, those of the largest size first."""
-    start = jnp.cumsum(count) - count
-    left = count
-    for size in sizes:
-        blocks = left // size
-        last = jnp.cumsum(blocks)
+    """Runs ``body`` for every block, one size after another.
 
-        def one(i, carry, size=size, blocks=blocks, last=last, start=start):
-            expert = jnp.sum(last <= i, dtype=jnp.int32)
-            earlier = last[expert] - blocks[expert]
-            block = _Block(size, start[expert] + (i - earlier) * size, expert)
+    A loop for each size rather than one that switches between them, as XLA would copy
+    what a switch changes.
+    """
+    padded = dispatch.padded_count(count, sizes)
+    full = dispatch.num_full(count, sizes)
+    start, last = jnp.cumsum(padded) - padded, dispatch.last_block(count, sizes)
+    for i, size in enumerate(sizes):
+        blocks = ((last == i) & (count > 0)).astype(count.dtype)
+        first = start + full * sizes[-1]
+        if size == sizes[-1]:
+            blocks, first = blocks + full, start
+        done = jnp.cumsum(blocks)
+
+        def one(i, carry, size=size, blocks=blocks, done=done, first=first):
+            expert = jnp.sum(done <= i, dtype=jnp.int32)
+            earlier = done[expert] - blocks[expert]
+            block = _Block(size, first[expert] + (i - earlier) * size, expert)
             return body(block, carry)
 
-        carry = jax.lax.fori_loop(0, last[-1], one, carry)
-        start, left = start + blocks * size, left - blocks * size
+        carry = jax.lax.fori_loop(0, done[-1], one, carry)
     return carry
 
 

@@ -69,13 +69,13 @@ def test_priority_does_not_matter_where_there_is_room():
         assert len(np.unique(taken)) == index.size
 
 
-@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("sizes", [(1,), (8,), (2, 3, 7)])
 @pytest.mark.parametrize("capacity", [3, 16])
-def test_sorted_rows_against_a_loop(capacity, block):
+def test_sorted_rows_against_a_loop(capacity, sizes):
     index = random_choices(capacity, 3, 16, 6, 2)
     # The last expert is not here, as on a device that has the others alone.
     positions = dispatch.queue(jnp.array(index), 5, capacity)
-    slots, count = dispatch.in_order(jnp.array(index), positions, block)
+    slots, count = dispatch.in_order(jnp.array(index), positions, sizes)
     kept = lined_up(index, 6, capacity)
     rows = []
     for expert in range(5):
@@ -86,8 +86,13 @@ def test_sorted_rows_against_a_loop(capacity, block):
             )
             if place[0] == expert
         ]
-        assert count[expert] == -(-len(mine) // block) * block
-        rows += mine + [-1] * (-len(mine) % block)
+        assert count[expert] == len(mine)
+        # Full blocks of the largest size, and the smallest that holds the rest.
+        left = padded = len(mine)
+        while left > sizes[-1]:
+            left -= sizes[-1]
+        padded += min(size for size in sizes if size >= left) - left if mine else 0
+        rows += mine + [-1] * (padded - len(mine))
     np.testing.assert_array_equal(slots.assignment[: len(rows)], rows)
     assert np.all(slots.assignment[len(rows) :] == -1)
     expected = np.full(index.size, -1)
