@@ -37,7 +37,7 @@ class Collective:
     overlapped: bool
 
 
-def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def find_collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """Finds the collectives of a program.
 
     Those between groups of one device are left out, as nothing travels.

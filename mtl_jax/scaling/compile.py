@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.scaling.collectives import Collective, collectives
+from mtl_jax.scaling.collectives import Collective, find_collectives
 from mtl_jax.scaling.hlo import parse
 from mtl_jax.scaling.products import device_flops
 from mtl_jax.scaling.roofline import Roofline, make_roofline
@@ -50,7 +50,7 @@ class Bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
+class Collectives:
     """Collectives of one kind over the same mesh axes.
 
     Attributes:
@@ -86,7 +86,7 @@ class Estimate:
       chip_flops: What one chip executes: its share of ``flops``, or more where several
         chips compute the same.
       memory_bytes: Traffic of one chip with its memory.
-      traffic: Its collectives.
+      collectives: What it exchanges with others, by kind and mesh axes.
       roofline: Least time of a step.
       optimized: Whether the compiler was let do all it can.
       peak_flops: Peak rate of one chip, in bfloat16.
@@ -104,7 +104,7 @@ class Estimate:
     useful_flops: int
     chip_flops: int
     memory_bytes: int
-    traffic: tuple[Traffic, ...]
+    collectives: tuple[Collectives, ...]
     roofline: Roofline
     optimized: bool
     peak_flops: float
@@ -134,8 +134,8 @@ def estimate(
       experiment: What would be run; `mtl_jax.train.validate` it first.
       topology: The slice.
       optimized: Whether the compiler does all it can. Otherwise it takes a quarter of
-        the time, with the same collectives; peak memory is within a tenth, but more
-        traffic goes through the memory.
+        the time. The collectives are the same, but none is overlapped; peak memory is
+        within a tenth; more traffic goes through the memory.
 
     Raises:
       ValueError: If mesh, batch and slice do not fit.
@@ -145,7 +145,7 @@ def estimate(
     with _optimization(optimized), _out_of_memory(topology):
         compiled, flops = program.compile_step()
     module = parse(compiled.as_text() or "")
-    traffic = collectives(module, program.mesh.shape)
+    found = find_collectives(module, program.mesh.shape)
     bytes_ = memory_bytes(module)
     # What kernels written in Pallas do cannot be seen once compiled.
     executed = max(device_flops(module), flops // len(topology.devices))
@@ -163,13 +163,13 @@ def estimate(
         useful_flops=_useful_flops(experiment, topology) or flops,
         chip_flops=executed * topology.chip.devices,
         memory_bytes=bytes_ * topology.chip.devices,
-        traffic=_by_kind(traffic, topology.chip.devices),
+        collectives=_by_kind(found, topology.chip.devices),
         roofline=make_roofline(
             topology,
             program.mesh.devices,
             flops=executed,
             memory_bytes=bytes_,
-            collectives=traffic,
+            collectives=found,
         ),
         optimized=optimized,
         peak_flops=topology.chip.flops,
@@ -262,13 +262,13 @@ def _useful_flops(experiment: Experiment, topology: Topology) -> int | None:
     return count_flops(jaxpr)
 
 
-def _by_kind(found: Sequence[Collective], devices: int) -> tuple[Traffic, ...]:
+def _by_kind(found: Sequence[Collective], devices: int) -> tuple[Collectives, ...]:
     sums: dict[tuple[str, tuple[str, ...], bool], tuple[int, int]] = {}
     for item in found:
         key = item.kind, item.axes, item.overlapped
         count, size = sums.get(key, (0, 0))
         sums[key] = count + item.times, size + item.times * item.bytes * devices
     return tuple(
-        Traffic(*key, *value)
+        Collectives(*key, *value)
         for key, value in sorted(sums.items(), key=lambda pair: -pair[1][1])
     )

@@ -48,11 +48,11 @@ def format_estimate(estimate: Estimate) -> str:
         "",
         "collectives of a chip in a step                  count            MB",
     ]
-    for item in estimate.traffic:
+    for item in estimate.collectives:
         name = f"{item.kind} over {'+'.join(item.axes)}"
         note = "  overlapped" if item.overlapped else ""
         lines.append(f"  {name:<42}{item.count:>10,}{item.bytes / 1e6:>14,.3f}{note}")
-    if not estimate.traffic:
+    if not estimate.collectives:
         lines.append("  none")
     lines += [
         "",
@@ -74,7 +74,9 @@ def format_estimate(estimate: Estimate) -> str:
         f"model FLOP utilization at most {estimate.utilization:.1%}",
     ]
     if not estimate.optimized:
-        lines.append("compiled quickly: a full compilation moves fewer bytes")
+        lines.append(
+            "compiled quickly: a full compilation moves fewer bytes and overlaps more"
+        )
     return "\n".join(lines)
 
 

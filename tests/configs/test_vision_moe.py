@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from mtl_jax import configuration, scaling, sharding
-from mtl_jax.scaling.collectives import collectives
+from mtl_jax.scaling.collectives import find_collectives
 from mtl_jax.scaling.hlo import parse
 from mtl_jax.train import build_program, validate
 from mtl_jax.train.program import count_parameters
@@ -112,7 +112,7 @@ def travelling(variant, topology, *assignments):
     experiment = load(variant, *shrunk)
     built = build_program(experiment, slice_.devices)
     compiled, _ = built.compile_step()
-    found = collectives(parse(compiled.as_text()), built.mesh.shape)
+    found = find_collectives(parse(compiled.as_text()), built.mesh.shape)
     return {(item.kind, "+".join(item.axes)) for item in found if item.bytes > 4096}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtl_jax.scaling.collectives import collectives
+from mtl_jax.scaling.collectives import find_collectives
 from mtl_jax.scaling.hlo import parse
 from mtl_jax.sharding import make_mesh
 
@@ -24,7 +24,7 @@ ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {{
 
 
 def find(lines, mesh=MESH):
-    return collectives(parse(TEXT.format(lines=lines)), mesh)
+    return find_collectives(parse(TEXT.format(lines=lines)), mesh)
 
 
 # Device = 4 data + expert: groups of neighbours lie along expert, those 4 apart along
@@ -131,7 +131,7 @@ ENTRY %main (x: bf16[8,16]) -> bf16[2,16] {
 
 
 def test_a_chain_of_fusions_is_one_gather_and_a_fused_reduction_a_scatter():
-    gathers, scatters = collectives(parse(CHAIN), MESH)
+    gathers, scatters = find_collectives(parse(CHAIN), MESH)
     assert (gathers.kind, gathers.bytes, gathers.overlapped) == (
         "all-gather",
         1024,
@@ -166,7 +166,7 @@ def test_a_program_that_is_compiled_here(mesh):
     x = jax.ShapeDtypeStruct(
         (8 * 4, 10), jnp.float32, sharding=NamedSharding(mesh, shard)
     )
-    found = collectives(parse(step.lower(x).compile().as_text()), mesh.shape)
+    found = find_collectives(parse(step.lower(x).compile().as_text()), mesh.shape)
     summary = {(c.kind, c.axes): (c.times, c.bytes, len(c.group)) for c in found}
     # A device has 4 rows of 10 floats: 160 bytes.
     assert summary == {

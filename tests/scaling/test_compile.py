@@ -58,7 +58,7 @@ def test_a_step_is_compiled_and_described(tmp_path, monkeypatch, capsys):
     # Two blocks, one of experts: there and back, forward and backward. 49 tokens of an
     # image go to 2 of 8 experts with a quarter more room: 16 slots for each expert and
     # each of 8 images, of 24 floats.
-    (tokens,) = [t for t in found["traffic"] if t["kind"] == "all-to-all"]
+    (tokens,) = [t for t in found["collectives"] if t["kind"] == "all-to-all"]
     assert (tokens["axes"], tokens["overlapped"]) == (["expert"], False)
     assert tokens["count"] == 4
     assert tokens["bytes"] == 4 * (8 * 8 * 16 * 24 * 4)

@@ -61,7 +61,7 @@ def compiler(monkeypatch, *, fixed, slopes, seconds):
             useful_flops=1,
             chip_flops=1,
             memory_bytes=1,
-            traffic=(),
+            collectives=(),
             roofline=Roofline(seconds[remat] * size + 1e-3, 0.0, {}, {}),
             optimized=optimized,
             peak_flops=1e12,
