@@ -40,9 +40,13 @@ def loss_free(
     """
     scores = jax.nn.sigmoid(logits)
     biased = scores + jax.lax.stop_gradient(bias)[None, None]
-    expert_index = largest(biased, num_selected)
-    selected = at_selected(biased if as_released else scores, expert_index)
-    # A sigmoid may underflow: a token sure of no expert then has weights of zero.
+    # The bias of an expert that a gate hides grows, as nobody goes there: it must not
+    # be chosen for it.
+    seen = scores > 0
+    expert_index = largest(jnp.where(seen, biased, -1e30), num_selected)
+    values = jnp.where(seen, biased, 0.0) if as_released else scores
+    selected = at_selected(values, expert_index)
+    # Sigmoids may underflow: a token sure of no expert then has weights of zero.
     total = jnp.sum(selected, axis=-1, keepdims=True)
     weight = routed_scaling * selected / jnp.where(total == 0, 1.0, total)
     return Routing(

@@ -42,10 +42,18 @@ def test_by_hand(bias, options, index, weight):
     assert routing.auxiliary_loss == 0.0
 
 
-def test_a_token_sure_of_no_expert_gives_no_nan():
+@pytest.mark.parametrize("as_released", [False, True])
+def test_a_token_sure_of_no_expert_gives_no_nan(as_released):
     logits = jnp.full((1, 1, 3), -1e4)
-    routing = loss_free(logits, jnp.zeros(3), num_selected=2)
+    bias = jnp.array([0.1, 0.2, 0.3])
+    routing = loss_free(logits, bias, num_selected=2, as_released=as_released)
     np.testing.assert_array_equal(routing.weight, [[[0.0, 0.0]]])
+
+
+def test_an_expert_that_the_gate_hides_is_not_chosen_for_its_bias():
+    logits = jnp.array([[[0.0, -1e30, 1.0, -1.0]]])
+    routing = loss_free(logits, jnp.array([0.0, 9.0, 0.0, -2.0]), num_selected=3)
+    np.testing.assert_array_equal(routing.expert_index, [[[2, 0, 3]]])
 
 
 def test_bias_moves_against_the_count():
