@@ -47,6 +47,25 @@ def num_expert_parts() -> int:
     return axis_sizes().get(EXPERT_AXIS, 1)
 
 
+def splits_within_experts() -> bool:
+    """Whether some mesh axis splits other things than examples and experts."""
+    mesh: AbstractMesh = jax.sharding.get_abstract_mesh()
+    return any(
+        mesh.shape[axis] > 1 for axis in mesh.axis_names if axis not in BATCH_AXES
+    )
+
+
+def _unused_axes() -> set[str]:
+    """Mesh axes of size 1. Kernels written in Pallas want no axis left to XLA."""
+    mesh: AbstractMesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {
+        axis
+        for axis, size in mesh.shape.items()
+        if size == 1 and types[axis] is not AxisType.Manual
+    }
+
+
 def _shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any):
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
 
@@ -109,18 +128,23 @@ def map_groups(
     )
 
 
-def map_experts(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Applies every device's own experts to the groups of all that share them.
+def map_experts(
+    function: Callable[..., Any], *, gather: bool = True
+) -> Callable[..., Any]:
+    """Runs a function on every device's own experts.
 
-    Groups are gathered over mesh axis ``expert``; outputs are added up over it and
-    scattered again. This needs no capacity, and beats `exchange` where tokens have as
-    many copies as there are parts.
+    With ``gather``, on the groups of all devices that share the experts: groups are
+    gathered over mesh axis ``expert``; outputs are added up over it and scattered
+    again. This needs no capacity, and beats `exchange` where tokens have as many copies
+    as there are parts. Without, on the device's own groups, whose rows the function has
+    to exchange itself.
 
     Args:
       function: ``(parameters, *arrays) -> arrays``, with the experts in front in every
         leaf of ``parameters`` and groups in front in all others. It sees its part of
         the experts alone, whose first is ``expert_part() · experts``, and gives zero
         for what other experts do.
+      gather: Whether to gather and scatter.
 
     Returns:
       The same function of the whole arrays, and ``function`` itself where the mesh now
@@ -133,7 +157,7 @@ def map_experts(function: Callable[..., Any]) -> Callable[..., Any]:
     shares = EXPERT_AXIS in sizes
 
     def local(parameters: Any, *arrays: Any) -> Any:
-        if not shares:
+        if not (shares and gather):
             return function(parameters, *arrays)
         gathered = jax.tree.map(
             lambda a: jax.lax.all_gather(a, EXPERT_AXIS, tiled=True), arrays
@@ -151,7 +175,7 @@ def map_experts(function: Callable[..., Any]) -> Callable[..., Any]:
             in_specs=(by_expert, *(by_group,) * len(arrays)),
             out_specs=by_group,
             # Hidden units stay split over other axes.
-            axis_names=set(axes),
+            axis_names=set(axes) | _unused_axes(),
             # Kernels written in Pallas do not say over which axes they vary.
             check_vma=False,
         )(parameters, *arrays)

@@ -163,8 +163,12 @@ def in_order(
     num_tokens, num_selected = expert_index.shape[1:]
     # As many as there could be: no token goes to an expert twice.
     most = num_groups * num_tokens * min(num_selected, num_experts)
-    most += num_experts * (max(b - a for a, b in itertools.pairwise((0, *sizes))) - 1)
-    return Slots(row, _invert(row, most)), count
+    return Slots(row, _invert(row, most + num_experts * most_padding(sizes))), count
+
+
+def most_padding(sizes: tuple[int, ...]) -> int:
+    """Rows that an expert's blocks can leave empty at most; see `padded_count`."""
+    return max(b - a for a, b in itertools.pairwise((0, *sizes))) - 1
 
 
 def padded_count(

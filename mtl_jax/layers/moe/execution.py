@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mtl_jax.layers.moe import dispatch, grouped, grouped_matmul
+from mtl_jax.layers.moe import dispatch, grouped, grouped_matmul, ragged
 from mtl_jax.layers.moe.experts import apply_buffers
 from mtl_jax.layers.moe.grouped import Stage
 from mtl_jax.layers.moe.routing import Routing
@@ -26,15 +26,16 @@ class Execution(NamedTuple):
 
     Attributes:
       exchange: How tokens reach experts on other devices: ``"all_to_all"`` sends
-        buffers, ``"all_gather"`` gathers tokens and scatters sums of outputs, with no
-        need of a capacity.
+        buffers; ``"all_gather"`` gathers tokens and scatters sums of outputs, with no
+        need of a capacity; ``"ragged_all_to_all"`` sends sorted rows, as many as there
+        are, on TPUs and GPUs.
       layout: ``"buffers"``, the same by products with ``"one_hot"`` masks, or
         ``"sorted"``; see `mtl_jax.layers.moe.dispatch`.
       matmul: On sorted rows, ``"blocks"`` of one expert each, or a grouped matrix
         product of `mtl_jax.layers.moe.grouped_matmul`.
     """
 
-    exchange: Literal["all_to_all", "all_gather"]
+    exchange: Literal["all_to_all", "all_gather", "ragged_all_to_all"]
     layout: Literal["buffers", "one_hot", "sorted"]
     matmul: Literal["blocks", "megablox", "ragged_dot"] = "blocks"
 
@@ -73,9 +74,13 @@ def choose(
         return Execution(exchange, "sorted")
     if limited:
         return Execution(exchange, "buffers")
+    if platform == "tpu" and num_devices > num_selected:
+        # Each row travels alone, where a gather sends each token to all devices.
+        exchange = "ragged_all_to_all"
     if not uses_matmuls:
         return Execution(exchange, "sorted")
-    matmul = "megablox" if platform == "tpu" else "ragged_dot"
+    alone = not expert_parallel.splits_within_experts()
+    matmul = "megablox" if platform == "tpu" and alone else "ragged_dot"
     return Execution(exchange, "sorted", matmul)
 
 
@@ -101,14 +106,14 @@ def run(
     Returns:
       The outputs, and the fraction of assignments that found no capacity.
     """
-    if execution.exchange == "all_to_all" and expert_parallel.num_expert_parts() > 1:
-        output, kept = _exchanging(
-            execution, stages, parameters, groups, routing, capacity
-        )
-    else:
-        output, kept = _gathering(
-            execution, stages, parameters, groups, routing, capacity
-        )
+    ways = {
+        "all_to_all": _exchanging,
+        "all_gather": _gathering,
+        "ragged_all_to_all": _sending,
+    }
+    alone = expert_parallel.num_expert_parts() == 1
+    way = _gathering if alone else ways[execution.exchange]
+    output, kept = way(execution, stages, parameters, groups, routing, capacity)
     return output, 1.0 - jnp.mean(kept)
 
 
@@ -143,14 +148,9 @@ def _gathering(execution, stages, parameters, groups, routing, capacity):
         positions = dispatch.queue(expert_index, num_experts, capacity, priority)
         kept = positions.kept.astype(jnp.float32)
         if execution.layout == "sorted":
-            most = groups.shape[0] * capacity
-            sizes = grouped.block_sizes(expert_index.size, num_experts, most)
-            if execution.matmul == "blocks":
-                apply = functools.partial(grouped.apply_blocks, sizes=sizes)
-            else:
-                sizes = (1,)  # No empty rows.
-                matmul = getattr(grouped_matmul, execution.matmul)
-                apply = functools.partial(grouped.apply_matmuls, grouped_matmul=matmul)
+            apply, sizes = _on_sorted_rows(
+                execution, expert_index.size, num_experts, groups.shape[0] * capacity
+            )
             slots, count = dispatch.in_order(expert_index, positions, sizes)
             rows = dispatch.dispatch(groups, slots)
             rows = apply(stages, parameters, rows, count)
@@ -166,6 +166,51 @@ def _gathering(execution, stages, parameters, groups, routing, capacity):
         routing.weight,
         routing.priority,
     )
+
+
+def _sending(execution, stages, parameters, groups, routing, capacity):
+    """Each device sends the rows of its tokens to their experts, sorted."""
+    num_experts = jax.tree.leaves(parameters)[0].shape[0]
+    parts = expert_parallel.num_expert_parts()
+
+    def local(parameters, groups, expert_index, weight, priority):
+        positions = dispatch.queue(expert_index, num_experts, capacity, priority)
+        slots, count = dispatch.in_order(expert_index, positions, (1,))
+        rows = dispatch.dispatch(groups, slots)
+        num_received = parts * rows.shape[0]
+        apply, sizes = _on_sorted_rows(
+            execution,
+            num_received // parts,
+            num_experts // parts,
+            parts * groups.shape[0] * capacity,
+        )
+        planned = ragged.plan(count, sizes)
+        num_received += num_experts // parts * dispatch.most_padding(sizes)
+        received = ragged.to_experts(rows, planned, num_received)
+        outputs = apply(stages, parameters, received, planned.total)
+        rows = ragged.to_tokens(outputs, planned, rows.shape[0])
+        kept = positions.kept.astype(jnp.float32)
+        return dispatch.combine(rows, weight, slots), kept
+
+    return expert_parallel.map_experts(local, gather=False)(
+        parameters,
+        groups,
+        routing.expert_index,
+        routing.weight,
+        routing.priority,
+    )
+
+
+def _on_sorted_rows(
+    execution: Execution, num_rows: int, num_experts: int, most: int
+) -> tuple[Callable, tuple[int, ...]]:
+    """What applies experts to sorted rows, and the blocks it wants them padded to."""
+    if execution.matmul == "blocks":
+        sizes = grouped.block_sizes(num_rows, num_experts, most)
+        return functools.partial(grouped.apply_blocks, sizes=sizes), sizes
+    matmul = getattr(grouped_matmul, execution.matmul)
+    apply = functools.partial(grouped.apply_matmuls, grouped_matmul=matmul)
+    return apply, (1,)
 
 
 def _fill_buffers(groups, expert_index, positions, capacity):
