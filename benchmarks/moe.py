@@ -3,9 +3,9 @@
     git clone https://github.com/google-research/vmoe ../vmoe
     python benchmarks/moe.py --vmoe ../vmoe
 
-Writes docs/experts_speed.md. Every figure is a ratio of two times that were taken in turns
-in this process, forward and backward, and a median over the turns. The dense MLP has as
-many hidden units as a token's experts have together, and so the same activated FLOPs.
+Writes docs/experts_speed.md. Every figure is a ratio of two times that were taken in
+turns in this process, forward and backward, and a median over the turns. The dense MLP
+has as many hidden units as a token's experts have together, and so the same activated FLOPs.
 Without ``--vmoe`` its columns are left out.
 """
 
@@ -85,7 +85,7 @@ def main() -> None:
     for cell in cells:
         rows[cell] = measure(cell, peer, options.rounds)
         print(*cell, {k: round(v, 4) for k, v in rows[cell].items()}, flush=True)
-    #
+    options.output.write_text(page(rows))
     print(f"wrote {options.output}")
 
 
@@ -167,19 +167,16 @@ def measure(cell: Cell, peer: Any, rounds: int) -> dict[str, float]:
 
         return apply
 
-    layers: dict[str, tuple[nn.Module, Callable]] = {
+    dense = Mlp(hidden * num_selected)
+    layers: dict[str, tuple[Callable, Callable]] = {
         "dense": (
-            Mlp(hidden * num_selected),
-            lambda variables, x: (
-                Mlp(hidden * num_selected).apply(variables, x),
-                jnp.float32(0),
-            ),
+            dense.init,
+            lambda variables, x: (dense.apply(variables, x), jnp.float32(0)),
         )
     }
     for name, factor in (("capacity", CAPACITY_FACTOR), ("dropless", None)):
         module = ours(capacity_factor=factor)
         layers[name] = (functools.partial(module.init, train=False), apply_ours(module))
-    layers["dense"] = (layers["dense"][0].init, layers["dense"][1])
     if peer is not None:
         for name in ("indices", "einsum"):
             module = PeerLayer(peer, name, num_experts, num_selected, hidden)
@@ -228,6 +225,92 @@ def alternating(steps: dict[str, Callable], rounds: int) -> dict[str, float]:
             step()
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def page(rows: dict[Cell, dict[str, float]]) -> str:
+    """The documentation page, with each target and whether it is met."""
+    names = [name for name in next(iter(rows.values())) if name != "dense"]
+    head = "| tokens | width | experts | selected | dense, ms | " + " | ".join(names)
+    lines = [head + " |", "|" + "---:|" * (5 + len(names))]
+    for cell, seconds in rows.items():
+        ratios = [f"{seconds[name] / seconds['dense']:.2f}" for name in names]
+        numbers = [f"{size:,}" for size in cell]
+        lines.append(
+            "| "
+            + " | ".join([*numbers, f"{1e3 * seconds['dense']:.1f}", *ratios])
+            + " |"
+        )
+    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "flax"))
+    return PAGE.format(
+        machine=processor(),
+        versions=versions,
+        table="\n".join(lines),
+        targets="\n".join(f"- {line}" for line in targets(rows)),
+    )
+
+
+def targets(rows: dict[Cell, dict[str, float]]) -> list[str]:
+    """What was aimed at, and what it came to."""
+    large = {c: r for c, r in rows.items() if c.num_tokens == 8192}
+    lines = []
+    for name in ("capacity", "dropless") if large else ():
+        ratios = {c: r[name] / r["dense"] for c, r in large.items()}
+        missed = [c for c, ratio in ratios.items() if ratio > TARGET_DENSE]
+        lines.append(
+            f"{name}, 8,192 tokens: at most {TARGET_DENSE:.2f} times the dense MLP in "
+            f"{len(ratios) - len(missed)} of {len(ratios)} cells; the worst is "
+            f"{max(ratios.values()):.2f}."
+        )
+    for (width, experts, selected), best in BEST_PROTOTYPE.items():
+        seconds = rows.get(Cell(1024, width, experts, selected))
+        if seconds is not None:
+            lines.append(
+                f"1,024 tokens, width {width}, {experts} experts, {selected} selected: "
+                f"{seconds['capacity'] / seconds['dense']:.2f}; the best prototype was "
+                f"at {best:.2f} on its machine."
+            )
+    if "vmoe einsum" in next(iter(rows.values())):
+        best = [
+            min(r["vmoe indices"], r["vmoe einsum"]) / r["capacity"]
+            for r in rows.values()
+        ]
+        einsum = [r["vmoe einsum"] / r["capacity"] for r in rows.values()]
+        slower = sum(ratio < 1 for ratio in best)
+        lines += [
+            f"V-MoE's better dispatcher takes {min(best):.2f} to {max(best):.2f} times "
+            f"as long as ours (capacity), {statistics.geometric_mean(best):.2f} in the "
+            f"geometric mean; ours is slower in {slower} of {len(best)} cells.",
+            f"V-MoE's einsum takes {statistics.geometric_mean(einsum):.2f} times as "
+            f"long in the geometric mean; aimed at {TARGET_EINSUM}.",
+        ]
+    return lines
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells, and the number of cores."""
+    description = Path("/proc/cpuinfo")
+    lines = description.read_text().splitlines() if description.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+PAGE = """# Speed of the layer of experts
+
+Forward and backward on a CPU ({machine}; {versions}), as ratios to a dense MLP of the
+same activated FLOPs: its hidden units are those that a token's experts have together,
+four times the width each. Routing is part of the layer, in groups of 1,024 tokens. Made
+by `python benchmarks/moe.py --vmoe PATH`; times are taken in turns in one process, and
+the ratios are those of medians.
+
+*capacity* has slots for 1.25 times an even share, as V-MoE's layer has; *dropless* has
+no limit. Which layout of rows is used follows from the shapes: few rows an expert lie in
+buffers, many are sorted and computed block by block. *vmoe indices* and *vmoe einsum*
+are the two dispatchers of google-research/vmoe around the same experts.
+
+{table}
+
+{targets}
+"""
 
 
 if __name__ == "__main__":
