@@ -22,6 +22,7 @@ from mtl_jax.report import (
 
 USER_ERROR = 2
 INTERRUPTED = 130
+PREEMPTED = 143
 MAX_DEVICES = 1024
 GOOGLE = "0x1ae0"  # as a vendor of PCI devices, such as TPUs
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a config, or continue its run")
     _add_config_options(train)
     train.add_argument("--workdir", type=Path, help="run folder (runs/CONFIG)")
+    _add_processes(train)
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint")
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="let the saved config name what is in this module or .py file",
     )
     _add_devices(evaluate)
+    _add_processes(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
     show = commands.add_parser("show", help="print a config and how it is sharded")
@@ -131,12 +134,27 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes, one a host")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the processes of Cloud TPU, GKE, SLURM or Open MPI",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="elsewhere: address of process 0"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
+
+
 def _train(options: argparse.Namespace) -> None:
     with _user_errors():
         configuration, config = _load(options)
         name = configuration.full_name(options.config)
         document = configuration.to_document(config, name)
         from mtl_jax import train
+        from mtl_jax.sharding import distributed
 
         experiment = configuration.build(config)
         train.validate(experiment)
@@ -151,7 +169,7 @@ def _train(options: argparse.Namespace) -> None:
         if initialize is not None and not (workdir / "config.json").exists():
             train.check_initialize(initialize, program.abstract_params())
         # Made only now: a mistake leaves no folder behind.
-        folder = train.RunFolder(workdir)
+        folder = train.RunFolder(workdir, writes=distributed.is_main())
         saved = folder.read_json("config.json")
         if saved is not None:
             changed = configuration.differences(saved, document)
@@ -163,16 +181,27 @@ def _train(options: argparse.Namespace) -> None:
                     f"{'; '.join(changed[:10])}{more}"
                 )
         result = folder.read_json("result.json")
+        distributed.check_same([document, saved, result])
+        distributed.check_shared(workdir)
     if result is None:
-        with _user_errors((train.RunFolderError, OSError)):
+        with (
+            distributed.leaving_at_once(),
+            _user_errors((train.RunFolderError, OSError)),
+        ):
             folder.write_json("config.json", document)
             try:
                 result = train.train(program, folder, name)
             except KeyboardInterrupt:
                 print("\nstopped; the same command continues from the last checkpoint")
                 sys.exit(INTERRUPTED)
-    else:
+            except train.PreemptedError:
+                print("\npre-empted, and saved; the same command continues")
+        if result is None:
+            sys.exit(PREEMPTED)
+    elif distributed.is_main():
         print(f"{workdir} holds a finished run; nothing to train.")
+    if not distributed.is_main():
+        return
     with _user_errors():
         page = write_report(workdir)
     print()
@@ -182,21 +211,28 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     with _user_errors():
-        _set_devices(options.devices)
+        _start_jax(options)
         from mtl_jax import configuration, train
+        from mtl_jax.sharding import distributed
 
         # Orbax would warn that it writes nothing to the run, as it was told.
         logging.getLogger("absl").setLevel(logging.ERROR)
         if not (options.run / "config.json").is_file():
             raise ValueError(f"{options.run} holds no run: it has no config.json")
-        folder = train.RunFolder(options.run)
+        folder = train.RunFolder(options.run, writes=distributed.is_main())
         document = folder.read_json("config.json") or {}
         config = configuration.from_document(document, options.trust)
         experiment = configuration.build(config)
         train.validate(experiment)
         program = train.build_program(experiment)
-    with _user_errors((train.RunFolderError, OSError)):
+        distributed.check_same(document)
+    with (
+        distributed.leaving_at_once(),
+        _user_errors((train.RunFolderError, OSError)),
+    ):
         step, tasks = train.evaluate_run(program, folder, options.step)
+    if not distributed.is_main():
+        return
     print(format_table(results_table({"tasks": tasks})))
     print(f"\ncheckpoint of step {step}")
 
@@ -260,7 +296,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    _set_devices(options.devices)
+    _start_jax(options)
     from mtl_jax import configuration
 
     config = configuration.load_config(options.config, smoke=options.smoke)
@@ -270,22 +306,31 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     return configuration, config
 
 
-def _set_devices(number: int | None) -> None:
-    """Makes JAX see ``number`` CPU devices; must come before JAX starts."""
+def _start_jax(options: argparse.Namespace) -> None:
+    """Lets JAX see the devices, those of other processes too, that the options name."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
     if jax.config.jax_platforms is None and _libtpu_has_nothing_to_do():
         jax.config.update("jax_platforms", "cpu")
-
-    if number is not None:
-        if not 1 <= number <= MAX_DEVICES:
+    if options.devices is not None:
+        if not 1 <= options.devices <= MAX_DEVICES:
             raise ValueError(
-                f"--devices is {number}; it must be at least 1 and at most "
+                f"--devices is {options.devices}; it must be at least 1 and at most "
                 f"{MAX_DEVICES}"
             )
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", number)
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    # Only some commands have these options.
+    address = [
+        getattr(options, name, None)
+        for name in ("coordinator", "num_processes", "process_id")
+    ]
+    if getattr(options, "distributed", False) or address != [None] * 3:
+        from mtl_jax.sharding import distributed
+
+        with distributed.leaving_at_once(), _user_errors():
+            distributed.initialize(*address)
     try:
         jax.devices()
     except RuntimeError as error:

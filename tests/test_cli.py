@@ -2,8 +2,10 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -551,4 +553,78 @@ def test_show_prints_the_config_and_the_sharding(capsys, empty_folder):
     experts = [line for line in output.splitlines() if "experts/up/kernel" in line]
     assert len(experts) == 1
     assert "expert" in experts[0].replace("experts/", "")
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--process-id", 1), "some are missing; give all three"),
+        (
+            ("--coordinator", "a:1", "--num-processes", 2, "--process-id", 2),
+            "process_id is 2",
+        ),
+        (
+            ("--coordinator", "a", "--num-processes", 2, "--process-id", 1),
+            "coordinator is 'a'; it must be HOST:PORT",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_processes_that_cannot_be(mistake, command, arguments, expected):
+    assert expected in mistake(command, "earth_digits", *arguments)
+
+
+def free_port():
+    """A port that nobody listens on, and that no outgoing connection is given."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+
+
+def in_two_processes(*arguments, cwd):
+    """Runs a command in two processes of four devices each; returns both, ended."""
+    command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
+    address = ("--coordinator", f"localhost:{free_port()}", "--num-processes", "2")
+    both = [
+        subprocess.Popen(
+            [*command, "--devices", "4", *address, "--process-id", str(i)],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        output = [process.communicate(timeout=240) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(command, process.returncode, *text)
+        for process, text in zip(both, output, strict=True)
+    ]
+
+
+def test_of_two_processes_one_prints_and_writes(run_folder, empty_folder):
+    copy = Path(shutil.copytree(run_folder, empty_folder / "copy"))
+    (copy / "report.html").unlink()
+    first, second = in_two_processes(
+        "train", *MAIN, "--workdir", "copy", cwd=empty_folder
+    )
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "finished run; nothing to train" in first.stdout
+    assert (copy / "report.html").is_file()
+    # All but what the library of collectives says of itself.
+    lines = second.stdout.splitlines()
+    assert [line for line in lines if not line.startswith("[Gloo]")] == []
+
+
+def test_two_processes_make_the_same_mistake(empty_folder):
+    for process in in_two_processes(
+        "train", *SMALL, "--set", "mesh.expert=3", cwd=empty_folder
+    ):
+        assert_mistake(process, "do not divide 8 devices")
     assert list(empty_folder.iterdir()) == []

@@ -5,20 +5,30 @@ on its own devices what they hold of every global array. Process 0 alone writes.
 """
 
 import contextlib
+import hashlib
+import json
 import os
+import secrets
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from jaxtyping import Int
 
 CONNECT_SECONDS = 300
 """How long a process waits for the others when it starts."""
+
+SHARED_SECONDS = 60.0
+"""How long a process looks for a file that process 0 has just written."""
 
 
 def initialize(
@@ -150,6 +160,78 @@ def local_rows(sharding: Sharding, num_rows: int) -> Int[np.ndarray, " rows"]:
                 "multiple of, the devices of a process"
             )
     return np.concatenate([np.arange(*block) for block in sorted(here)])
+
+
+def check_same(document: Any) -> None:
+    """Checks that this process stands where the others do.
+
+    Args:
+      document: What decides what a process does, as JSON.
+
+    Raises:
+      ValueError: In all processes, if they differ.
+    """
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
+    mine = np.frombuffer(digest, np.uint32)
+    everybody = _gather(mine)
+    for process, other in enumerate(everybody):
+        if not np.array_equal(other, everybody[0]):
+            raise ValueError(
+                f"process {process} has another config, or finds another run in the "
+                "run folder, than process 0; give all processes the same command, and "
+                "a --workdir on storage that they share"
+            )
+
+
+def check_shared(folder: Path) -> None:
+    """Checks that a folder is the same one for all processes.
+
+    Args:
+      folder: One that process 0 has made.
+
+    Raises:
+      ValueError: In all processes, if one of them does not see it.
+    """
+    if jax.process_count() == 1:
+        return
+    token = _gather(np.array([secrets.randbits(31)]))[0, 0]
+    # A name that nobody has asked for before: absence may be remembered for long.
+    mark = folder / f".shared-{token}"
+    if is_main():
+        mark.write_text("")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (found := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (absent,) = np.nonzero(~_gather(np.array(found)))
+    if is_main():
+        mark.unlink()
+    if absent.size:
+        raise ValueError(
+            f"process {absent[0]} does not see {folder} of process 0; choose a "
+            "--workdir on storage that all processes share"
+        )
+
+
+def _gather(value: np.ndarray) -> np.ndarray:
+    """The values of all processes, stacked."""
+    return np.atleast_1d(multihost_utils.process_allgather(value[None], tiled=True))
+
+
+def preempted(step: int) -> bool:
+    """Whether all processes are to save and stop after this step.
+
+    They are when a cluster is about to take one of their machines away and says so by
+    SIGTERM. To be asked after every step, by all processes.
+
+    Args:
+      step: Number of updates done.
+    """
+    # A single process has no such service: SIGTERM ends it. Nor have those that were
+    # told by JAX_ENABLE_PREEMPTION_SERVICE to do without.
+    served = jax.distributed.is_initialized() and (
+        jax.config.jax_enable_preemption_service  # type: ignore[attr-defined]
+    )
+    return served and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.initialize import check_initialize
-from mtl_jax.train.loop import evaluate_run, train
+from mtl_jax.train.loop import PreemptedError, evaluate_run, train
 from mtl_jax.train.optimizer import adamw
 from mtl_jax.train.program import Program, build_program
 from mtl_jax.train.run_folder import RunFolder, RunFolderError
@@ -11,6 +11,7 @@ from mtl_jax.train.validation import validate
 __all__ = [
     "Experiment",
     "MeshShape",
+    "PreemptedError",
     "Program",
     "RunFolder",
     "RunFolderError",

@@ -13,7 +13,7 @@ import jax
 from rich.console import Console
 
 from mtl_jax.data.mixture import training_batches
-from mtl_jax.sharding.distributed import is_main
+from mtl_jax.sharding.distributed import is_main, preempted
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.evaluate import make_evaluate
 from mtl_jax.train.experiment import Experiment
@@ -29,6 +29,10 @@ METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
+
+
+class PreemptedError(Exception):
+    """A run was saved and stopped, as its cluster takes a machine away."""
 
 
 def train(program: Program, folder: RunFolder, config_name: str) -> dict:
@@ -51,6 +55,8 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
     Raises:
       RunFolderError: If the folder's logs or checkpoints are damaged, or the checkpoint
         is of another config.
+      PreemptedError: If a process of several was told by SIGTERM that its machine is
+        taken away; the run is saved as it was then.
     """
     started = time.monotonic()
     experiment = program.experiment
@@ -197,6 +203,13 @@ class _Loop:
                 self._timings.start()
             elif step % experiment.log_every == 0:
                 unlogged = step, metrics
+            if preempted(step) and not last:
+                if unlogged is not None:
+                    self._timings.stop(step)
+                    self._log(step, jax.device_get(metrics))
+                if not save:
+                    self._checkpoints.save(step, state, batches)
+                raise PreemptedError
         return state
 
     def _scores(self, state: TrainState, last: bool) -> dict[str, float]:

@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -266,3 +267,73 @@ def test_evaluation_of_some_records():
     assert examples.index[examples.mask["size"]].tolist() == [0, 1]
     whole = list(evaluation_batches(component(), FIELDS, 4, num_examples=100))
     assert sum(int(e.mask["size"].sum()) for e in whole) == 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted(Numbers):
+    """Remembers which records were read."""
+
+    read: list = dataclasses.field(default_factory=list)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def mixed():
+    noisy = component(20, first=100, weight=3.0, augment=add_noise)
+    return Mixture({"few": component(6), "noisy": noisy}, batch_size=16)
+
+
+# Contiguous rows, rows in turns, and rows that two of four processes share.
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [lambda n: np.arange(n // 2), lambda n: np.arange(n // 2, n)],
+        [lambda n: np.arange(0, n, 2), lambda n: np.arange(1, n, 2)],
+        [lambda n: np.arange(n // 2), lambda n: np.arange(n // 2, n)] * 2,
+    ],
+)
+def test_processes_read_their_rows_of_the_same_batches(rows):
+    whole = take(training_batches(mixed(), FIELDS, 0, 2), 5)
+    for of_process in rows:
+        mixture = mixed()
+        batches = training_batches(mixture, FIELDS, 0, 2, prefetch=1, rows=of_process)
+        for ours, theirs in zip(take(batches, 5), whole, strict=True):
+            for name, examples in theirs.items():
+                here = of_process(len(examples.index))
+                jax.tree.map(
+                    lambda a, b, here=here: np.testing.assert_array_equal(a, b[here]),
+                    ours[name],
+                    examples,
+                )
+        assert batches.get_state() == {"next_index": 5}
+
+
+def test_processes_read_no_records_of_others():
+    source = Noted(12)
+    mixture = Mixture({"a": Component(source, source, ("size",))}, batch_size=4)
+    batches = training_batches(
+        mixture, FIELDS, 0, prefetch=1, rows=lambda n: np.arange(n // 2)
+    )
+    used = indices(take(batches, 3), "a")
+    assert len(used) == 6
+    del batches
+    # A thread may be ahead, by whole batches.
+    assert source.read[:6] == used
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 8])
+def test_processes_evaluate_their_rows_of_the_same_batches(batch_size):
+    source = Noted(7)
+    noted = Component(source, source, ("size",))
+    whole = list(evaluation_batches(component(), FIELDS, batch_size))
+    ours = list(
+        evaluation_batches(noted, FIELDS, batch_size, rows=lambda n: np.arange(1, n, 2))
+    )
+    for mine, examples in zip(ours, whole, strict=True):
+        np.testing.assert_array_equal(mine.index, examples.index[1::2])
+        np.testing.assert_array_equal(mine.inputs, examples.inputs[1::2])
+        np.testing.assert_array_equal(mine.mask["size"], examples.mask["size"][1::2])
+    read = {int(i) for mine in ours for i in mine.index}
+    assert set(source.read) == read

@@ -1,10 +1,11 @@
-"""One process of several: trains the small experiment in one folder after another.
+"""One process of several: trains a small experiment in one folder after another.
 
-    python one_of_several.py COORDINATOR NUM_PROCESSES PROCESS_ID FOLDER[:STEP] ...
+    python one_of_several.py COORDINATOR NUM_PROCESSES PROCESS_ID FOLDER[:EVENT:STEP]...
 
-Process 0 is killed after STEP.
+After STEP, process 0 is killed, or the last process told that it is pre-empted.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,22 +13,36 @@ import sys
 from pathlib import Path
 
 import jax
-from small import experiment
+import pytest
+from small import Tiles, experiment
 
 from mtl_jax import optim
+from mtl_jax.data import Component, Mixture
 from mtl_jax.sharding import distributed
-from mtl_jax.train import MeshShape, RunFolder, build_program, loop, train
+from mtl_jax.train import (
+    MeshShape,
+    PreemptedError,
+    RunFolder,
+    build_program,
+    loop,
+    train,
+)
 from mtl_jax.train.program import Program
 from mtl_jax.train.progress import ProgressDisplay
 
 NUM_DEVICES = 4
-PLACE = Program.place
+PLACE, UPDATE = Program.place, ProgressDisplay.update
 
 
 def build():
     """Experts on all eight devices; the balancer's state has a PRNG key."""
+    labels = ("bright", "redness")
+    tasks = tuple(task for task in experiment().tasks if task.name in labels)
+    tiles = Component(Tiles(), Tiles(20, 2), labels)
     return build_program(
         experiment(
+            tasks=tasks,
+            mixture=Mixture({"tiles": tiles}, batch_size=16),
             num_routers=None,
             num_experts=8,
             mesh=MeshShape(data=1, expert=8),
@@ -42,23 +57,50 @@ def build():
 def main(coordinator, num_processes, process_id, *folders):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+    jax.config.update("jax_traceback_in_locations_limit", 1)
     distributed.initialize(coordinator, int(num_processes), int(process_id))
+    distributed.SHARED_SECONDS = 0.5
     with distributed.leaving_at_once():
+        agree(Path(folders[0].partition(":")[0]))
         program = build()
         compile_once(program)
         for item in folders:
-            path, _, stop = item.partition(":")
+            path, _, event = item.partition(":")
             note_reads(Path(path) / f"read_{process_id}.jsonl")
-            if stop and distributed.is_main():
-                die_after(int(stop))
+            if event:
+                program = endless(program)
+                arrange(*event.split(":"))
             folder = RunFolder(Path(path), writes=distributed.is_main())
-            train(program, folder, "small")
+            try:
+                train(program, folder, "small")
+            except PreemptedError:
+                print(f"pre-empted in {path}")
+
+
+def agree(folder):
+    """What all have in common is accepted; what one has alone is refused by all."""
+    distributed.check_same({"seed": 0})
+    distributed.check_shared(folder)
+    alone = folder / f"of_process_{jax.process_index()}"
+    alone.mkdir(exist_ok=True)
+    for check, argument, message in (
+        (distributed.check_same, {"seed": jax.process_index()}, "another config"),
+        (distributed.check_shared, alone, "process 1 does not see"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(argument)
+    assert sorted(alone.iterdir()) == []
 
 
 def compile_once(program):
     step, evaluate = program.compile_step(), loop.make_evaluate(program)
     Program.compile_step = lambda self: step
     loop.make_evaluate = lambda program: evaluate
+
+
+def endless(program):
+    chosen = dataclasses.replace(program.experiment, num_steps=1_000_000)
+    return dataclasses.replace(program, experiment=chosen)
 
 
 def note_reads(path):
@@ -74,15 +116,19 @@ def note_reads(path):
     Program.place = noting
 
 
-def die_after(last_step):
-    update = ProgressDisplay.update
+def arrange(event, step):
+    """Lets something happen to a process when it has logged a step."""
+    victim, number = {
+        "kill": (0, signal.SIGKILL),
+        "preempt": (jax.process_count() - 1, signal.SIGTERM),
+    }[event]
 
-    def dying(self, step, *arguments, **keywords):
-        update(self, step, *arguments, **keywords)
-        if step == last_step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def update(self, logged, *arguments, **keywords):
+        UPDATE(self, logged, *arguments, **keywords)
+        if logged == int(step) and jax.process_index() == victim:
+            os.kill(os.getpid(), number)
 
-    ProgressDisplay.update = dying
+    ProgressDisplay.update = update
 
 
 if __name__ == "__main__":

@@ -29,3 +29,16 @@ def test_a_damaged_document_is_named(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"a\.json is not"):
         RunFolder(tmp_path).read_json("a.json")
+
+
+def test_a_process_that_does_not_write_leaves_the_folder_alone(tmp_path):
+    absent = tmp_path / "absent"
+    assert RunFolder(absent, writes=False).read_json("a.json") is None
+    assert not absent.exists()
+    (tmp_path / "log").write_text('{"step": 1}\n{"step": 2}\n')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    folder = RunFolder(tmp_path, writes=False)
+    folder.write_json("a.json", {})
+    folder.append("log", {"step": 3})
+    assert folder.truncate("log", 1) == [{"step": 1}]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
