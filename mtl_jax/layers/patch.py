@@ -143,7 +143,8 @@ def resize_positions(
         return positions
     if antialias:
         shape = (rows, columns, positions.shape[2])
-        return jax.image.resize(positions, shape, "cubic", precision="highest")
+        highest = jax.lax.Precision.HIGHEST
+        return jax.image.resize(positions, shape, "cubic", precision=highest)
     return jnp.einsum(
         "rh,hwd,cw->rcd",
         _cubic_weights(positions.shape[0], rows),
