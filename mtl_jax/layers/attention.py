@@ -16,13 +16,17 @@ class SelfAttention(nn.Module):
     nor residual inside.
 
     Attributes:
-      num_heads: Number of heads; it must divide the width of the input.
+      num_heads: Number of heads; it must divide the width of the input, unless
+        ``head_width`` is given.
+      head_width: Width of queries, keys and values; None for the width of the input
+        over ``num_heads``.
       qkv_bias: Whether the projections to query, key and value have a bias.
       output_bias: Whether the projection of the attended values has one.
       dtype: Dtype of the computation and the output; parameters are float32.
     """
 
     num_heads: int
+    head_width: int | None = None
     qkv_bias: bool = True
     output_bias: bool = True
     dtype: DTypeLike = jnp.float32
@@ -37,16 +41,17 @@ class SelfAttention(nn.Module):
           ValueError: If ``num_heads`` does not divide the width.
         """
         width = x.shape[-1]
-        if width % self.num_heads:
+        if self.head_width is None and width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide the width {width}; "
-                "choose a divisor of the width."
+                "choose a divisor of the width, or a head_width."
             )
+        head_width = self.head_width or width // self.num_heads
         kernel_init = nn.initializers.xavier_uniform()
         zeros = nn.initializers.zeros
         project = functools.partial(
             nn.DenseGeneral,
-            features=(self.num_heads, width // self.num_heads),
+            features=(self.num_heads, head_width),
             use_bias=self.qkv_bias,
             dtype=self.dtype,
             kernel_init=nn.with_logical_partitioning(

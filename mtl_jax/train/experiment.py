@@ -1,6 +1,7 @@
 """The experiment: all that defines a run."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -129,4 +130,5 @@ class Experiment:
     def group_size(self) -> int:
         """Examples that share a router's capacity; 1 in a dense trunk."""
         moe = getattr(self.trunk, "moe", None)
-        return 1 if moe is None else moe().group_size
+        mixtures = moe if isinstance(moe, tuple) else (moe,)
+        return math.lcm(*(make().group_size for make in mixtures if make is not None))

@@ -16,7 +16,7 @@ from mtl_jax.data.mixture import stack_records
 from mtl_jax.optim import Aggregator, Balancer, from_balancer
 from mtl_jax.sharding import make_mesh, param_shardings, spec
 from mtl_jax.sharding.distributed import local_rows
-from mtl_jax.sharding.rules import is_boxed
+from mtl_jax.sharding.rules import is_boxed, path_name
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.flops import count_flops
 from mtl_jax.train.gradients import (
@@ -309,8 +309,8 @@ def _sharpened(
 def count_parameters(program: Program) -> tuple[int, int]:
     """Parameters of the model, and how many of them one token of one task uses.
 
-    A token uses ``num_selected`` experts of each layer and its task's router. All heads
-    count as used.
+    A token uses ``num_selected`` experts of each layer, of all layers the same number,
+    and its task's router. All heads count as used.
 
     Args:
       program: The program.
@@ -318,16 +318,23 @@ def count_parameters(program: Program) -> tuple[int, int]:
     Returns:
       (total, active).
     """
-    moe = getattr(program.experiment.trunk, "moe", None)
-    used = moe().num_selected / moe().num_experts if moe else 1.0
+    trunk: Any = program.experiment.trunk
+    moe = getattr(trunk, "moe", None)
+    mixtures = moe if isinstance(moe, tuple) else (moe,)
+    selected = [make().num_selected for make in mixtures if make is not None]
     total = active = 0.0
-    for box in jax.tree.leaves(program.abstract_state.params, is_leaf=is_boxed):
+    for path, box in jax.tree_util.tree_leaves_with_path(
+        program.abstract_state.params, is_leaf=is_boxed
+    ):
         names = box.names if isinstance(box, nn.Partitioned) else ()
         leaf = nn.unbox(box)
         size = float(np.prod(leaf.shape))
         total += size
         if "expert" in names:
-            size *= used
+            # Those of attention are its heads.
+            heads = "/attention/" in path_name(path)
+            used = trunk.num_heads if heads else selected[0]
+            size *= used / leaf.shape[names.index("expert")]
         if "task" in names:
             size /= leaf.shape[names.index("task")]
         active += size

@@ -21,6 +21,7 @@ from mtl_jax.sharding.rules import check_rules
 from mtl_jax.tasks.metrics import Metric
 from mtl_jax.tasks.task import Task
 from mtl_jax.train.experiment import Experiment, MeshShape
+from mtl_jax.train.step import ROUTER_METRICS
 
 
 def validate(experiment: Experiment, *, runs_here: bool = True) -> None:
@@ -133,7 +134,8 @@ def _check_names(experiment: Experiment) -> None:
             )
     for task in experiment.tasks:
         metrics = [metric.name for metric in task.metrics]
-        taken = {"loss", "test_loss", "gradient_norm", "weight", "dropped_tokens"}
+        taken = {"loss", "test_loss", "gradient_norm", "weight"}
+        taken |= set(ROUTER_METRICS.values())
         if not metrics or len(set(metrics)) < len(metrics) or taken & set(metrics):
             raise ValueError(
                 f"tasks.{task.name}.metrics are {metrics}; give at least one, each "
@@ -295,14 +297,19 @@ def _check_trunk(experiment: Experiment) -> None:
             f"{len(experiment.tasks)} tasks; make them equal, or use None for a "
             "trunk that the tasks share"
         )
-    if getattr(trunk, "moe", None) is not None:
-        _check_experts(trunk.moe)  # type: ignore[attr-defined]
-    if isinstance(trunk, VisionTransformer):
-        keywords = getattr(trunk.moe, "keywords", {})
+    mixtures = {"trunk.moe": getattr(trunk, "moe", None)}
+    if isinstance(mixtures["trunk.moe"], tuple):
+        mixtures = {
+            f"trunk.moe.{i}": make for i, make in enumerate(mixtures["trunk.moe"])
+        }
+    for path, make in mixtures.items():
+        if make is not None:
+            _check_experts(path, make)
+        keywords = getattr(make, "keywords", {})
         for name in ("num_tasks", "dtype"):
-            if name in keywords:
+            if name in keywords and isinstance(trunk, VisionTransformer):
                 raise ValueError(
-                    f"trunk.moe.{name} is {keywords[name]!r}, but the trunk gives its "
+                    f"{path}.{name} is {keywords[name]!r}, but the trunk gives its "
                     f"own to the experts; set trunk.{name} instead"
                 )
     if experiment.evaluation_batch_size % experiment.group_size:
@@ -312,30 +319,28 @@ def _check_trunk(experiment: Experiment) -> None:
         )
 
 
-def _check_experts(make: Any) -> None:
+def _check_experts(path: str, make: Any) -> None:
     if isinstance(make, nn.Module) or not callable(make):
         raise ValueError(
-            f"trunk.moe is a {type(make).__name__}; it must make one: use fdl.Partial "
+            f"{path} is a {type(make).__name__}; it must make one: use fdl.Partial "
             "rather than fdl.Config"
         )
     moe: Any = make()
-    _check_kind("trunk.moe()", moe, nn.Module)
-    _check_sizes("trunk.moe", moe, ("num_experts", "expert_hidden", "group_size"))
-    _check_sizes("trunk.moe", moe, ("num_selected",), most=moe.num_experts)
+    _check_kind(f"{path}()", moe, nn.Module)
+    _check_sizes(path, moe, ("num_experts", "expert_hidden", "group_size"))
+    _check_sizes(path, moe, ("num_selected",), most=moe.num_experts)
     router = getattr(moe, "router", None)
     if router is None:
         return
     if isinstance(router, nn.Module) or not callable(router):
         raise ValueError(
-            f"trunk.moe.router is a {type(router).__name__}; it must make one: use "
+            f"{path}.router is a {type(router).__name__}; it must make one: use "
             "fdl.Partial rather than fdl.Config"
         )
     made: Any = router(num_experts=moe.num_experts, num_selected=moe.num_selected)
     for name, value in vars(made).items():
         if name.endswith(("_std", "_weight")) and value < 0:
-            raise ValueError(
-                f"trunk.moe.router.{name} is {value}; it must be at least 0"
-            )
+            raise ValueError(f"{path}.router.{name} is {value}; it must be at least 0")
 
 
 def _check_sizes(

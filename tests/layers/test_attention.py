@@ -24,16 +24,17 @@ def attend(params, x):
     return output + params["output"]["bias"]
 
 
-def test_against_numpy():
+@pytest.mark.parametrize("module", [SelfAttention(3), SelfAttention(4, head_width=5)])
+def test_against_numpy(module):
     x = jax.random.normal(jax.random.key(0), (2, 5, 6))
-    variables = nn.unbox(SelfAttention(3).init(jax.random.key(1), x))
+    variables = nn.unbox(module.init(jax.random.key(1), x))
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     variables = structure.unflatten(
         0.7 * jax.random.normal(key, leaf.shape)
         for key, leaf in zip(keys, leaves, strict=True)
     )
-    actual = SelfAttention(3).apply(variables, x)
+    actual = module.apply(variables, x)
     expected = attend(variables["params"], np.float64(x))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 

@@ -16,6 +16,9 @@ from mtl_jax.layers.mlp import exact_gelu
 
 GateInit = nn.initializers.Initializer
 
+HIDDEN = -1e30
+"""Logit of an expert that the task does not see."""
+
 KERNEL_AXES = ("embed", "expert_logits")
 """Logical axes of a gate's kernel."""
 
@@ -61,11 +64,16 @@ class Gate(nn.Module):
       num_tasks: Number of maps, or None for one that all tasks share.
       kernel_init: Initialiser of each map. Zeros leave the first choices to the noise,
         so that experts start with equal load (Shazeer et al., 2017, appendix A).
+      visible_experts: How many experts each task sees, which are the first ones; None
+        where all tasks see all. Experts that are added for new tasks leave the others
+        as they are where those do not see them. A task must see as many experts as a
+        token goes to.
     """
 
     num_experts: int
     num_tasks: int | None = None
     kernel_init: GateInit = nn.initializers.zeros
+    visible_experts: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(
@@ -77,7 +85,8 @@ class Gate(nn.Module):
         """The logits; ``condition`` is not looked at.
 
         Raises:
-          ValueError: If ``task`` does not fit ``num_tasks``.
+          ValueError: If ``task`` does not fit ``num_tasks``, or ``visible_experts``
+            has not one number a task.
         """
         del condition
         check_task(task, self.num_tasks)
@@ -85,7 +94,18 @@ class Gate(nn.Module):
         kernel = parameter(
             self, "kernel", self.kernel_init, shape, KERNEL_AXES, self.num_tasks
         )
-        return matmul_float32(tokens, of_task(kernel, task))
+        logits = matmul_float32(tokens, of_task(kernel, task))
+        if self.visible_experts is None:
+            return logits
+        if len(self.visible_experts) != self.num_tasks:
+            raise ValueError(
+                f"visible_experts={self.visible_experts} has not one number for each "
+                f"of num_tasks={self.num_tasks}."
+            )
+        visible = of_task(jnp.asarray(self.visible_experts), task)
+        seen = jnp.arange(self.num_experts) < visible
+        # Finite, as routers need it, and without a share in any softmax.
+        return jnp.where(seen[None, None], logits, HIDDEN)
 
 
 def parameter(

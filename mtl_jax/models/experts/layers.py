@@ -1,0 +1,45 @@
+"""The layers of experts of a vision transformer."""
+
+from typing import Any, NamedTuple
+
+from mtl_jax.layers.moe import MoeAttention
+from mtl_jax.models.vit import VisionTransformer, layers_of_blocks, routes
+
+
+class ExpertLayer(NamedTuple):
+    """One layer of experts.
+
+    Attributes:
+      block: Index of its block.
+      kind: ``"moe"``, in place of the perceptron, or ``"attention"``.
+      num_experts: Number of experts.
+      num_selected: Experts a token goes to.
+    """
+
+    block: int
+    kind: str
+    num_experts: int
+    num_selected: int
+
+    @property
+    def name(self) -> str:
+        """Its name in statistics and metrics."""
+        name = f"block_{self.block}"
+        return name if self.kind == "moe" else f"{name}_{self.kind}"
+
+
+def expert_layers(trunk: VisionTransformer) -> list[ExpertLayer]:
+    """The layers of experts of a trunk, from the first block to the last."""
+    found = []
+    layers = layers_of_blocks(trunk.moe, trunk.attention, trunk.depth)
+    for block, (moe, attention) in enumerate(layers):
+        if routes(attention):
+            made: Any = attention(trunk.num_heads)
+            assert isinstance(made, MoeAttention)
+            found.append(
+                ExpertLayer(block, "attention", made.num_experts, made.num_heads)
+            )
+        if moe is not None:
+            made = moe()
+            found.append(ExpertLayer(block, "moe", made.num_experts, made.num_selected))
+    return found

@@ -1,0 +1,151 @@
+"""More tasks and experts, and what was there as it was."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_experts import IMAGES, heads_of_experts, model, predict, variables
+
+from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.routers import NoisyTopK
+from mtl_jax.models.experts import expert_usage, extend, only_new
+from mtl_jax.models.multitask import repeat
+from mtl_jax.sharding.rules import path_name
+
+OLD = ("first", "second")
+NEW = (*OLD, "third")
+
+
+def router(*visible):
+    gate = functools.partial(
+        Gate,
+        kernel_init=nn.initializers.normal(0.5),
+        visible_experts=visible or None,
+    )
+    return functools.partial(NoisyTopK, noise_std=0.0, gate=gate)
+
+
+@functools.cache
+def models():
+    """A model of two tasks and three experts, and one of a task and two more."""
+    small = model(OLD, num_experts=3, router=router(), task_embedding=True)
+    large = model(NEW, num_experts=5, router=router(3, 3, 5), task_embedding=True)
+    old, _ = variables(small)
+    fresh, _ = variables(large, seed=2)
+    return small, old, large, extend(fresh, old)
+
+
+def test_old_tasks_compute_the_same():
+    small, old, large, grown = models()
+    for task in OLD:
+        np.testing.assert_allclose(
+            predict(large, grown, task), predict(small, old, task), rtol=1e-6
+        )
+    # The new task may go to any of the five.
+    used = expert_usage(large, grown, "third", [IMAGES])["block_1"]
+    assert used[3:].sum() > 0
+
+
+def test_an_expert_that_is_hidden_is_chosen_by_nobody_and_has_no_gate():
+    x = jax.random.normal(jax.random.key(0), (1, 6, 4))
+    module = router(2, 4)(num_experts=4, num_selected=2, num_tasks=2)
+    init = functools.partial(module.init, train=False)
+    params = nn.unbox(init(jax.random.key(1), x, 0))
+    for task, visible in enumerate((2, 4)):
+        routing = module.apply(params, x, jnp.int32(task), train=False)
+        assert int(routing.expert_index.max()) == visible - 1
+        np.testing.assert_array_equal(routing.probabilities[..., visible:], 0)
+        np.testing.assert_allclose(routing.probabilities.sum(-1), 1, rtol=1e-6)
+    with pytest.raises(ValueError, match="not one number for each of num_tasks=2"):
+        router(2)(num_experts=4, num_selected=2, num_tasks=2).init(
+            jax.random.key(1), x, 0, train=False
+        )
+
+
+def test_training_moves_what_is_new_alone():
+    _, old, large, grown = models()
+    shapes = {
+        path_name(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(old)
+    }
+    optimizer = only_new(
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.add_decayed_weights(0.1),
+            optax.sgd(0.05),
+        ),
+        shapes,
+    )
+
+    def loss(params):
+        output = large.apply_trunk(repeat(params["trunk"], 3), IMAGES, NEW, train=True)
+        predictions = (
+            large.apply_head(params["heads"][task], output.features[i], task)
+            for i, task in enumerate(NEW)
+        )
+        return sum(jnp.mean((prediction - 1) ** 2) for prediction in predictions)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = grown, optimizer.init(grown)
+    for _ in range(2):
+        params, state = step(params, state)
+    moved = jax.tree.map(lambda a, b: np.asarray(a != b), params, grown)
+    moe, heads = moved["trunk"]["block_1"]["moe"], moved["heads"]
+    kernel = moe["router"]["gate"]["kernel"]
+    assert kernel[2].all()
+    # Of experts that they do not see, old gates may change their logits.
+    assert not kernel[:2, :, :3].any()
+    assert moe["experts"]["up"]["kernel"][3:].any()
+    assert not moe["experts"]["up"]["kernel"][:3].any()
+    assert moved["trunk"]["task_embedding"][2].all()
+    assert not moved["trunk"]["task_embedding"][:2].any()
+    assert heads["third"]["logits"]["kernel"].all()
+    others = {name: moved["trunk"][name] for name in ("block_0", "norm", "embedding")}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(others))
+    assert not any(leaf.any() for task in OLD for leaf in jax.tree.leaves(heads[task]))
+    # The same program on the same experts: to the last bit.
+    for task in OLD:
+        np.testing.assert_array_equal(
+            predict(large, params, task), predict(large, grown, task)
+        )
+
+
+@pytest.mark.parametrize(
+    ("larger", "expected"),
+    [
+        (
+            model(OLD[:1], num_experts=3, router=router()),
+            r"heads/second/logits/bias is \(3,\) in the model to extend, and absent",
+        ),
+        (
+            model(OLD, num_experts=2, router=router()),
+            r"block_1/moe/experts/.* is \(3, .*\) in the model to extend, and \(2, ",
+        ),
+        (
+            model(OLD, num_experts=3, attention=heads_of_experts()),
+            r"block_0/attention/key/bias is \(2, 4\) .* and \(4,\) in this one",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(larger, expected):
+    old, _ = variables(model(OLD, num_experts=3, router=router()))
+    fresh, _ = variables(larger)
+    with pytest.raises(ValueError, match=expected):
+        extend(fresh, old)
+
+
+def test_other_sizes_do_not_grow():
+    old, _ = variables(model(OLD, num_experts=3, router=router()))
+    fresh = jax.tree.map(jnp.asarray, old)
+    norm = fresh["trunk"]["norm"]
+    norm["scale"] = jnp.ones(9)
+    with pytest.raises(ValueError, match=r"trunk/norm/scale is \(8,\) .* and \(9,\)"):
+        extend(fresh, old)
