@@ -21,8 +21,8 @@ from mtl_jax.data.sources.digits import Digits
 from mtl_jax.data.sources.earth import Earth
 from mtl_jax.data.sources.multi_digits import MultiDigits
 from mtl_jax.layers.heads import Classification, DensePrediction
-from mtl_jax.layers.moe import MoE
-from mtl_jax.layers.moe.routers import NoisyTopK
+from mtl_jax.layers.moe import MoE, routers
+from mtl_jax.layers.moe.gates import TaskConditionedGate
 from mtl_jax.layers.patch import ConvolutionalStem
 from mtl_jax.models import VisionTransformer
 from mtl_jax.sharding import Rules
@@ -132,7 +132,7 @@ def main() -> fdl.Config:
                 num_selected=2,
                 expert_hidden=2 * WIDTH,
                 group_size=1,
-                router=fdl.Partial(NoisyTopK),
+                router=fdl.Partial(routers.NoisyTopK),
             ),
             num_tasks=len(tasks),
             embedding=ConvolutionalStem,
@@ -161,6 +161,42 @@ def dense() -> fdl.Config:
     """No experts: MLPs of the width that a token's two experts have together."""
     config = shared_router()
     config.trunk.moe = None
+    return config
+
+
+def experts(num_experts: int, *, shared: bool = False) -> fdl.Config:
+    """`main` or `shared_router` with more experts or fewer, of which two work."""
+    config = shared_router() if shared else main()
+    config.trunk.moe.num_experts = num_experts
+    return config
+
+
+def dropless() -> fdl.Config:
+    """`main` with experts that take every token sent to them."""
+    config = main()
+    config.trunk.moe.capacity_factor = None
+    return config
+
+
+def router(make: Callable, num_selected: int = 2, **fields) -> fdl.Config:
+    """`main` with another router; where it has no limit of its own, with none."""
+    config = dropless()
+    config.trunk.moe.router = fdl.Partial(make, **fields)
+    config.trunk.moe.num_selected = num_selected
+    return config
+
+
+def task_conditioned() -> fdl.Config:
+    """One gate that sees an embedding of the task, for all tasks (M³ViT)."""
+    config = main()
+    config.trunk.moe.router.gate = fdl.Partial(TaskConditionedGate)
+    return config
+
+
+def mod_squad() -> fdl.Config:
+    """Mod-Squad's router, with its loss over the gates of all tasks of a step."""
+    config = router(routers.ModSquad)
+    config.mutual_information_weight = 0.005
     return config
 
 
@@ -205,6 +241,16 @@ VARIANTS = {
     "main": main,
     "shared_router": shared_router,
     "dense": dense,
+    "experts_4": functools.partial(experts, 4),
+    "experts_16": functools.partial(experts, 16),
+    "shared_router_4": functools.partial(experts, 4, shared=True),
+    "shared_router_16": functools.partial(experts, 16, shared=True),
+    "dropless": dropless,
+    "switch": functools.partial(router, routers.Switch, num_selected=1),
+    "expert_choice": functools.partial(router, routers.ExpertChoice),
+    "loss_free": functools.partial(router, routers.LossFree),
+    "task_conditioned": task_conditioned,
+    "mod_squad": mod_squad,
     **{
         method.__name__: functools.partial(with_method, method)
         for method in (

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from mtl_jax.data.batch import Batch
 from mtl_jax.optim import Balancer, conflict_rate, cosine_similarity
@@ -19,6 +19,14 @@ Metrics = Mapping[str, Array]
 """Flat names ``task/metric`` (``all/metric`` for the whole) -> arrays."""
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+ROUTER_METRICS = {
+    "dropped": "dropped_tokens",
+    "dead": "dead_experts",
+    "entropy": "gate_entropy",
+}
+"""Statistic of a layer of experts -> name of its mean over layers."""
 
 
 def make_train_step(
@@ -121,8 +129,31 @@ def task_metrics(evaluation: Evaluation, task_names: tuple[str, ...]) -> dict[st
         blocks = evaluation.statistics[task]
         for block, statistics in blocks.items():
             metrics[f"{task}/expert_load/{block}"] = statistics["load"]
-        if blocks:
-            metrics[f"{task}/dropped_tokens"] = jnp.mean(
-                jnp.stack([statistics["dropped"] for statistics in blocks.values()])
-            )
+        for name, metric in ROUTER_METRICS.items():
+            if blocks:
+                values = [statistics[name] for statistics in blocks.values()]
+                metrics[f"{task}/{metric}"] = jnp.mean(jnp.stack(values))
+    for block in next(iter(evaluation.statistics.values())):
+        loads = [evaluation.statistics[task][block]["load"] for task in task_names]
+        metrics[f"all/task_expert_information/{block}"] = task_expert_information(
+            jnp.stack(loads)
+        )
     return metrics
+
+
+def task_expert_information(
+    load: Float[Array, "tasks experts"],
+) -> Float[Array, ""]:
+    """Mutual information of task and expert in nats, all tasks weighing the same.
+
+    It is 0 where all tasks use the experts alike, and ``log tasks`` where each has
+    experts to itself.
+
+    Args:
+      load: Share of each task's assignments that each expert has.
+    """
+    joint = load / load.shape[0]
+    independent = jnp.mean(load, axis=0, keepdims=True) / load.shape[0]
+    return jnp.sum(
+        jax.scipy.special.rel_entr(joint, jnp.broadcast_to(independent, joint.shape))
+    )

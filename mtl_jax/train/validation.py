@@ -409,10 +409,13 @@ def _check_factories(experiment: Experiment) -> None:
 def _check_heads(experiment: Experiment, runs_here: bool) -> None:
     """Compares the shape of every prediction with the labels it is to be judged by."""
     model, key = experiment.model, jax.random.key(0)
+    inputs = experiment.inputs
+
+    def init(key: jax.Array) -> tuple:
+        return model.init(key, inputs), model.init_collections(key, inputs)
+
     try:
-        params = nn.unbox(
-            jax.eval_shape(lambda key: model.init(key, experiment.inputs), key)
-        )
+        params, collections = nn.unbox(jax.eval_shape(init, key))
     except (ArithmeticError, MemoryError, TypeError) as error:
         # What layers raise for sizes that they do not check.
         raise ValueError(
@@ -435,14 +438,19 @@ def _check_heads(experiment: Experiment, runs_here: bool) -> None:
             label = component.train.fields[task.field]
             batch = experiment.group_size
             prediction = jax.eval_shape(
-                lambda params, images, name=task.name: model.apply_head(
+                lambda params, collections, images, name=task.name: model.apply_head(
                     params["heads"][name],
                     model.apply_trunk(
-                        repeat(params["trunk"], 1), images, (name,), train=False
+                        repeat(params["trunk"], 1),
+                        images,
+                        (name,),
+                        train=False,
+                        collections=collections,
                     ).features[0],
                     name,
                 ),
                 params,
+                collections,
                 jax.ShapeDtypeStruct((batch, *image.shape), jnp.dtype(image.dtype)),
             )
             expected = label.shape

@@ -20,6 +20,8 @@ VARIANTS = (
     "main",
     "shared_router",
     "dense",
+    *("experts_4", "experts_16", "shared_router_4", "shared_router_16", "dropless"),
+    *("switch", "expert_choice", "loss_free", "task_conditioned", "mod_squad"),
     *METHODS,
     "features",
     "sharpness",
