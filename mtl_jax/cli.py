@@ -1,4 +1,4 @@
-"""The command line: ``mtl-jax train|eval|show|compare|report``."""
+"""The command line: ``mtl-jax train|eval|export|extract|show|compile|...``."""
 
 import argparse
 import contextlib
@@ -59,16 +59,43 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint")
     evaluate.add_argument("run", type=Path, metavar="DIR")
     evaluate.add_argument("--step", type=int, help="checkpoint (the newest)")
-    evaluate.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="let the saved config name what is in this module or .py file",
-    )
+    _add_trust(evaluate)
     _add_devices(evaluate)
     _add_processes(evaluate)
     evaluate.set_defaults(command=_evaluate)
+
+    export = commands.add_parser(
+        "export", help="write one task's prediction as a program that needs JAX alone"
+    )
+    export.add_argument("run", type=Path, metavar="DIR")
+    export.add_argument("--task", required=True, metavar="NAME")
+    export.add_argument(
+        "--output", type=Path, metavar="FILE", help="(DIR/NAME.jaxexport)"
+    )
+    export.add_argument("--step", type=int, help="checkpoint (the newest)")
+    export.add_argument(
+        "--batch", type=int, metavar="N", help="fix the number of images (any)"
+    )
+    _add_trust(export)
+    export.set_defaults(command=_export)
+
+    extract = commands.add_parser(
+        "extract", help="write a run of one task with the experts that it uses"
+    )
+    extract.add_argument("run", type=Path, metavar="DIR")
+    extract.add_argument("--task", required=True, metavar="NAME")
+    extract.add_argument("--output", type=Path, required=True, metavar="DIR")
+    extract.add_argument(
+        "--threshold",
+        type=float,
+        default=0.03,
+        metavar="FRACTION",
+        help="of its tokens that must go to an expert that is kept (0.03)",
+    )
+    extract.add_argument("--step", type=int, help="checkpoint (the newest)")
+    _add_trust(extract)
+    _add_devices(extract)
+    extract.set_defaults(command=_extract)
 
     show = commands.add_parser("show", help="print a config and how it is sharded")
     _add_config_options(show)
@@ -126,6 +153,16 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="same as --set seed=SEED")
     _add_devices(parser)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="let the saved config name what is in this module or .py file",
+    )
 
 
 def _add_devices(parser: argparse.ArgumentParser) -> None:
@@ -212,20 +249,11 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     with _user_errors():
         _start_jax(options)
-        from mtl_jax import configuration, train
+        program, folder = _open_run(options)
+        from mtl_jax import train
         from mtl_jax.sharding import distributed
 
-        # Orbax would warn that it writes nothing to the run, as it was told.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        if not (options.run / "config.json").is_file():
-            raise ValueError(f"{options.run} holds no run: it has no config.json")
-        folder = train.RunFolder(options.run, writes=distributed.is_main())
-        document = folder.read_json("config.json") or {}
-        config = configuration.from_document(document, options.trust)
-        experiment = configuration.build(config)
-        train.validate(experiment)
-        program = train.build_program(experiment)
-        distributed.check_same(document)
+        distributed.check_same(folder.read_json("config.json"))
     with (
         distributed.leaving_at_once(),
         _user_errors((train.RunFolderError, OSError)),
@@ -235,6 +263,69 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     print(format_table(results_table({"tasks": tasks})))
     print(f"\ncheckpoint of step {step}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    with _user_errors():
+        import jax
+
+        # Nothing is computed, and layers choose what is right on every platform.
+        jax.config.update("jax_platforms", "cpu")
+        _start_jax(options)
+        program, folder = _open_run(options, jax.devices()[:1])
+        from mtl_jax import train
+
+        try:
+            import flatbuffers  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                "export needs the package flatbuffers: pip install 'mtl_jax[export]'"
+            ) from error
+        state = train.restore_run(program, folder, options.step)
+        data, description = train.export_task(
+            program, state, options.task, batch=options.batch
+        )
+        output = options.output or options.run / f"{options.task}.jaxexport"
+        beside = train.write_export(output, data, description)
+    print(f"{output}: {len(data) / 1e6:,.1f} MB, from the checkpoint of step", end=" ")
+    print(f"{description['step']}\n{beside}: what it takes and gives")
+
+
+def _extract(options: argparse.Namespace) -> None:
+    with _user_errors():
+        _start_jax(options)
+        program, folder = _open_run(options)
+        from mtl_jax import extraction, train
+
+        state = train.restore_run(program, folder, options.step)
+        report = extraction.extract_run(
+            program,
+            state,
+            folder,
+            options.task,
+            options.output,
+            options.threshold,
+            options.trust,
+        )
+    print(extraction.format_extraction(report))
+    print(f"\nrun: {options.output}")
+
+
+def _open_run(options: argparse.Namespace, devices: Any = None) -> tuple[Any, Any]:
+    """The program and the folder of a run that there is already."""
+    from mtl_jax import configuration, train
+    from mtl_jax.sharding import distributed
+
+    # Orbax would warn that it writes nothing to the run, as it was told.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if not (options.run / "config.json").is_file():
+        raise ValueError(f"{options.run} holds no run: it has no config.json")
+    folder = train.RunFolder(options.run, writes=distributed.is_main())
+    document = folder.read_json("config.json") or {}
+    config = configuration.from_document(document, options.trust)
+    experiment = configuration.build(config)
+    train.validate(experiment)
+    return train.build_program(experiment, devices), folder
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -313,20 +404,21 @@ def _start_jax(options: argparse.Namespace) -> None:
 
     if jax.config.jax_platforms is None and _libtpu_has_nothing_to_do():
         jax.config.update("jax_platforms", "cpu")
-    if options.devices is not None:
-        if not 1 <= options.devices <= MAX_DEVICES:
+    # No command has all of these options.
+    chosen = vars(options)
+    number = chosen.get("devices")
+    if number is not None:
+        if not 1 <= number <= MAX_DEVICES:
             raise ValueError(
-                f"--devices is {options.devices}; it must be at least 1 and at most "
+                f"--devices is {number}; it must be at least 1 and at most "
                 f"{MAX_DEVICES}"
             )
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.devices)
-    # Only some commands have these options.
+        jax.config.update("jax_num_cpu_devices", number)
     address = [
-        getattr(options, name, None)
-        for name in ("coordinator", "num_processes", "process_id")
+        chosen.get(name) for name in ("coordinator", "num_processes", "process_id")
     ]
-    if getattr(options, "distributed", False) or address != [None] * 3:
+    if chosen.get("distributed") or address != [None] * 3:
         from mtl_jax.sharding import distributed
 
         with distributed.leaving_at_once(), _user_errors():

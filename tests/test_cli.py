@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.export
 import pytest
 
 from mtl_jax import cli, configuration, train
@@ -449,6 +450,25 @@ def test_eval_finds_the_metrics_of_the_result(finished_run, capsys):
     found = values(evaluated)
     assert len(found) > len(TASKS)
     assert found == values(trained.replace(str(run_folder), ""))
+
+
+def test_export_writes_a_program_and_what_it_takes(run_folder, capsys, empty_folder):
+    cli.main(
+        ["export", str(run_folder), "--task", "climate", "--output", "a/climate.bin"]
+    )
+    assert "from the checkpoint of step 4" in capsys.readouterr().out
+    description = json.loads((empty_folder / "a" / "climate.json").read_text())
+    assert description["input"]["shape"] == ["batch", 32, 32, 3]
+    assert description["output"]["class_names"][0] == "tropical"
+    data = bytearray((empty_folder / "a" / "climate.bin").read_bytes())
+    output = jax.export.deserialize(data).call(jax.numpy.zeros((2, 32, 32, 3), "uint8"))
+    assert output.shape == (2, 32, 32, 5)
+
+
+def test_export_of_a_task_there_is_not(run_folder, mistake):
+    error = mistake("export", run_folder, "--task", "depth")
+    assert "task is 'depth'; the run has surface, climate" in error
+    assert "holds no run" in mistake("export", "nowhere", "--task", "depth")
 
 
 def test_eval_of_a_checkpoint_there_is_not(run_folder, mistake):

@@ -1,9 +1,10 @@
 """Training: objective, task gradients, step, loop, checkpoints, evaluation."""
 
 from mtl_jax.train.experiment import Experiment, MeshShape
+from mtl_jax.train.export import export_task, write_export
 from mtl_jax.train.initialize import check_initialize
-from mtl_jax.train.loop import PreemptedError, evaluate_run, train
-from mtl_jax.train.optimizer import adamw
+from mtl_jax.train.loop import PreemptedError, evaluate_run, restore_run, train
+from mtl_jax.train.optimizer import adamw, sgd
 from mtl_jax.train.program import Program, build_program
 from mtl_jax.train.run_folder import RunFolder, RunFolderError
 from mtl_jax.train.validation import validate
@@ -19,6 +20,10 @@ __all__ = [
     "build_program",
     "check_initialize",
     "evaluate_run",
+    "export_task",
+    "restore_run",
+    "sgd",
     "train",
     "validate",
+    "write_export",
 ]

@@ -124,6 +124,23 @@ def evaluate_run(
       RunFolderError: If there is no such checkpoint, or it is damaged or of another
         config.
     """
+    state = restore_run(program, folder, step)
+    scores = make_evaluate(program)(state.variables, None)
+    return int(state.step), _task_results(program.experiment, scores)
+
+
+def restore_run(program: Program, folder: RunFolder, step: int | None) -> TrainState:
+    """The state at a checkpoint of a run.
+
+    Args:
+      program: The run's program.
+      folder: The run's folder.
+      step: Which checkpoint; the newest by default.
+
+    Raises:
+      RunFolderError: If there is no such checkpoint, or it is damaged or of another
+        config.
+    """
     directory = folder.path / CHECKPOINTS
     if not directory.is_dir():
         raise RunFolderError(f"{folder.path} has no checkpoints yet; train it first")
@@ -135,11 +152,9 @@ def evaluate_run(
             raise RunFolderError(
                 f"{directory} has no checkpoint {step}; it has {steps}"
             )
-        state = checkpoints.restore_state(chosen, program.fresh_state())
+        return checkpoints.restore_state(chosen, program.fresh_state())
     finally:
         checkpoints.close()
-    scores = make_evaluate(program)(state.variables, None)
-    return chosen, _task_results(program.experiment, scores)
 
 
 def _start_or_continue(

@@ -74,6 +74,62 @@ def adamw(
     )
 
 
+def sgd(
+    num_steps: int,
+    *,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    power: float = 0.9,
+    max_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """SGD with momentum and a polynomial decay to 0.
+
+    The learning rate is ``learning_rate * (1 - step / num_steps) ** power``, and in the
+    state under ``learning_rate``. Weight decay is added to the gradient of every
+    parameter, as in PyTorch, so that it goes through the momentum.
+
+    Args:
+      num_steps: Length of the run.
+      learning_rate: Initial learning rate.
+      momentum: Decay of the sum of gradients.
+      weight_decay: Times the parameters, what is added to their gradients.
+      power: Exponent of the decay.
+      max_norm: Global norm to clip the aggregated gradient to; None for no clipping.
+
+    Returns:
+      The chain.
+
+    Raises:
+      ValueError: If a number is out of its range.
+    """
+    for name, value, holds, bounds in (
+        ("learning_rate", learning_rate, learning_rate >= 0, "at least 0"),
+        ("momentum", momentum, 0 <= momentum < 1, "at least 0 and less than 1"),
+        ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+        ("power", power, power > 0, "greater than 0"),
+        (
+            "max_norm",
+            max_norm,
+            max_norm is None or max_norm > 0,
+            "greater than 0, or None",
+        ),
+    ):
+        if not holds:
+            raise ValueError(f"optimizer.{name} is {value}; it must be {bounds}")
+    schedule = optax.schedules.polynomial_schedule(
+        learning_rate, 0.0, power, max(num_steps, 1)
+    )
+    clip = optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm)
+    return optax.chain(
+        clip,
+        optax.add_decayed_weights(weight_decay),
+        optax.inject_hyperparams(optax.sgd, static_args=("momentum", "nesterov"))(
+            learning_rate=schedule, momentum=momentum
+        ),
+    )
+
+
 def _decayed(params: optax.Params) -> optax.Params:
     # Biases of experts and of stacked heads have several axes: their names tell.
     # Behind the name may come the box of a parameter that carries its logical axes.

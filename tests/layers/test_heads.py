@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax.layers.heads import Classification, DensePrediction
+from mtl_jax.layers.heads import Classification, DensePrediction, UpsamplingHead
 
 FEATURES = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
 
@@ -62,3 +62,74 @@ def test_heads_compute_in_their_dtype_and_keep_float32_parameters(head):
     params = init(head)
     assert apply(head, params, FEATURES.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def doubled_by_hand(x):
+    """Values at the centres of pixels half as large, by the two nearest of a side."""
+    for axis in (0, 1):
+        size = x.shape[axis]
+        centres = (np.arange(2 * size) + 0.5) / 2 - 0.5
+        low = np.floor(centres)
+        part = centres - low
+        first, second = (
+            np.take(x, np.clip(low + i, 0, size - 1).astype(int), axis) for i in (0, 1)
+        )
+        shape = [-1 if a == axis else 1 for a in range(3)]
+        part = part.reshape(shape)
+        x = (1 - part) * first + part * second
+    return x
+
+
+def convolved_by_hand(x, kernel, bias):
+    side = kernel.shape[0]
+    padded = np.pad(x, 2 * [(side // 2, side // 2)] + [(0, 0)])
+    rows, columns, _ = x.shape
+    output = np.zeros((rows, columns, kernel.shape[-1])) + bias
+    for i in range(side):
+        for j in range(side):
+            output += padded[i : i + rows, j : j + columns] @ kernel[i, j]
+    return output
+
+
+@pytest.mark.parametrize("num_classes", [3, None])
+def test_the_upsampling_head_is_convolutions_between_doublings(num_classes):
+    head = UpsamplingHead(patch_size=4, num_classes=num_classes, channels=16)
+    features = jax.random.normal(jax.random.key(0), (2, 3, 2, 6))
+    params = nn.unbox(jax.jit(head.init)(jax.random.key(1), features))["params"]
+    keys = iter(jax.random.split(jax.random.key(2), 20))
+    params = jax.tree.map(
+        lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), params
+    )
+    output = jax.jit(head.apply)({"params": params}, features)
+    weights = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+
+    def normalised(x, name, size, axes, epsilon):
+        grouped = x.reshape(*x.shape[:2], -1, size)
+        mean = grouped.mean(axes, keepdims=True)
+        deviation = np.sqrt(grouped.var(axes, keepdims=True) + epsilon)
+        grouped = ((grouped - mean) / deviation).reshape(x.shape)
+        return grouped * weights[name]["scale"] + weights[name]["bias"]
+
+    for example, found in zip(np.asarray(features, np.float64), output, strict=True):
+        x = normalised(example, "norm", 6, -1, 1e-6)
+        for i in range(2):
+            x = convolved_by_hand(x, **weights[f"convolution_{i}"])
+            x = np.maximum(normalised(x, f"norm_{i}", 8, (0, 1, 3), 1e-6), 0)
+            if i == 0:
+                x = doubled_by_hand(x)
+        x = doubled_by_hand(convolved_by_hand(x, **weights["pixels"]))
+        expected = x if num_classes else x[..., 0]
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patch_size": 12}, "patch_size is 12; it must be a power of two"),
+        ({"patch_size": 1}, "patch_size is 1; it must be a power of two"),
+        ({"patch_size": 4, "channels": 12}, "channels is 12; it must be a multiple"),
+    ],
+)
+def test_the_upsampling_head_explains_its_sizes(fields, message):
+    with pytest.raises(ValueError, match=message):
+        UpsamplingHead(**fields).init(jax.random.key(0), jnp.zeros((1, 2, 2, 8)))

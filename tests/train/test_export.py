@@ -1,0 +1,117 @@
+import functools
+import json
+import subprocess
+import sys
+import sysconfig
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+from small import experiment
+
+from mtl_jax.train import build_program, export_task, write_export
+from mtl_jax.train.evaluate import make_predict
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+
+ALONE = """
+import json, sys
+sys.path.append(sys.argv[1])
+sys.modules["mtl_jax"] = None  # from now on it cannot be imported
+import jax, jax.export, numpy
+with open("bright.jaxexport", "rb") as file:
+    exported = jax.export.deserialize(bytearray(file.read()))
+assert json.load(open("bright.json"))["output"]["class_names"] == ["dark", "bright"]
+images = numpy.load("images.npy")
+numpy.save("all.npy", exported.call(images))
+numpy.save("one.npy", exported.call(images[:1]))
+assert not [name for name in sys.modules if name.startswith("mtl_jax.")]
+"""
+
+
+@functools.cache
+def trained():
+    program = build_program(experiment(), jax.devices()[:1])
+    return program, program.fresh_state()
+
+
+@functools.cache
+def exported(task):
+    return export_task(*trained(), task)
+
+
+@pytest.fixture(autouse=True)
+def standard_dtype_promotion():
+    """Optax's schedules and its Adam mix floats and integers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def predicted(program, state, source, task, images):
+    predict = jax.jit(make_predict(program.objective, source))
+    return np.asarray(predict(state.variables, images)[task])
+
+
+def test_a_process_with_jax_alone_gets_the_same_numbers(tmp_path):
+    expected = predicted(*trained(), "tiles", "bright", IMAGES)
+    write_export(tmp_path / "bright.jaxexport", *exported("bright"))
+    np.save(tmp_path / "images.npy", IMAGES)
+    subprocess.run(
+        [sys.executable, "-S", "-c", ALONE, sysconfig.get_path("purelib")],
+        cwd=tmp_path,
+        env={"JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "all.npy"), expected, atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "one.npy"), expected[:1], atol=1e-5)
+
+
+def test_one_program_is_for_all_platforms_and_any_number_of_images():
+    data, description = exported("bright")
+    program = jax.export.deserialize(bytearray(data))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert description["platforms"] == ["cpu", "cuda", "tpu"]
+    assert str(program.in_avals[0].shape) == "(batch, 8, 8, 3)"
+    json.dumps(description)
+    assert description["input"]["shape"] == ["batch", 8, 8, 3]
+    assert description["output"]["shape"] == ["batch", 8, 8, 2]
+    # Kernels of one platform are custom calls; there must be none.
+    assert "tpu_custom_call" not in program.mlir_module()
+
+
+def test_what_is_in_it_is_what_the_task_needs():
+    _, state = trained()
+    trunk, head = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        for tree in (state.params["trunk"], state.params["heads"]["bright"])
+    )
+    size = len(exported("bright")[0])
+    # Half a kilobyte of program an operation; far less than another copy.
+    assert trunk + head < size < trunk + head + 100_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "batch"),
+    [({"num_experts": 0}, None), ({"num_routers": None}, 2)],
+    ids=["dense", "shared router, fixed batch"],
+)
+def test_other_models_and_a_fixed_batch(fields, batch):
+    program = build_program(experiment(**fields), jax.devices()[:1])
+    state = program.fresh_state()
+    data, description = export_task(program, state, "redness", batch=batch)
+    assert description["input"]["shape"][0] == (batch or "batch")
+    assert description["output"]["kind"] == "values"
+    images = IMAGES[:batch]
+    output = jax.export.deserialize(bytearray(data)).call(images)
+    expected = predicted(program, state, "tiles", "redness", images)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_mistakes_are_explained(tmp_path):
+    with pytest.raises(ValueError, match="task is 'depth'; the run has bright, red"):
+        export_task(*trained(), "depth")
+    with pytest.raises(ValueError, match="batch is 0; it must be a positive mult"):
+        export_task(*trained(), "bright", batch=0)
+    with pytest.raises(ValueError, match="choose another ending"):
+        write_export(tmp_path / "a.json", b"", {})
