@@ -83,6 +83,12 @@ def one_process(tmp_path_factory):
     return program, folder
 
 
+def batches_of(program):
+    chosen = program.experiment
+    fields = {task.name: task.field for task in chosen.tasks}
+    return training_batches(chosen.mixture, fields, chosen.seed, program.share_multiple)
+
+
 def metrics(folder):
     lines = (folder / loop.METRICS).read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -119,13 +125,7 @@ def test_each_example_is_read_by_one_process_and_none_is_lost(runs, one_process)
         ]
         for i in range(2)
     ]
-    chosen = program.experiment
-    expected = training_batches(
-        chosen.mixture,
-        {task.name: task.field for task in chosen.tasks},
-        chosen.seed,
-        program.share_multiple,
-    )
+    expected = batches_of(program)
     assert len(read[0]) == len(read[1]) == NUM_STEPS
     for first, second in zip(*read, strict=True):
         batch = next(expected)
@@ -160,6 +160,9 @@ def test_one_process_restores_what_two_have_saved(runs, one_process):
     for path in (runs[0], folder.path):
         checkpoints = Checkpoints(path / loop.CHECKPOINTS, read_only=True)
         params.append(checkpoints.restore_state(NUM_STEPS, like).params)
+        batches = batches_of(program)
+        checkpoints.restore_data(NUM_STEPS, batches)
         checkpoints.close()
+        assert batches.get_state() == {"next_index": NUM_STEPS}
     # Where a gradient is 0, such as that of a key's bias, Adam makes steps of rounding.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), *params)
