@@ -1,26 +1,26 @@
 """The checks of an experiment that are made before it starts."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from mtl_jax.data.mixture import Component, Mixture
 from mtl_jax.data.source import Record, Source
-from mtl_jax.models import VisionTransformer
-from mtl_jax.models.multitask import repeat
 from mtl_jax.sharding import Rules
 from mtl_jax.sharding.mesh import AXES
 from mtl_jax.sharding.rules import check_rules
 from mtl_jax.tasks.metrics import Metric
 from mtl_jax.tasks.task import Task
 from mtl_jax.train.experiment import Experiment, MeshShape
+from mtl_jax.train.model_validation import (
+    check_heads,
+    check_kind,
+    check_trunk,
+    host_memory,
+)
 from mtl_jax.train.step import ROUTER_METRICS
 
 
@@ -44,9 +44,9 @@ def validate(experiment: Experiment, *, runs_here: bool = True) -> None:
     if runs_here:
         _check_host_memory(experiment)
     check_rules(experiment.rules, AXES)
-    _check_trunk(experiment)
+    check_trunk(experiment)
     _check_factories(experiment)
-    _check_heads(experiment, runs_here)
+    check_heads(experiment, runs_here)
 
 
 def _check_kinds(experiment: Experiment) -> None:
@@ -62,26 +62,19 @@ def _check_kinds(experiment: Experiment) -> None:
         ("mesh", MeshShape),
         ("rules", Rules),
     ):
-        _check_kind(name, getattr(experiment, name), kind)
+        check_kind(name, getattr(experiment, name), kind)
     for index, task in enumerate(experiment.tasks):
-        _check_kind(f"tasks.{index}", task, Task)
-        _check_kind(f"tasks.{task.name}.head", task.head, nn.Module)
-        _check_kind(f"tasks.{task.name}.metrics", task.metrics, Sequence)
+        check_kind(f"tasks.{index}", task, Task)
+        check_kind(f"tasks.{task.name}.head", task.head, nn.Module)
+        check_kind(f"tasks.{task.name}.metrics", task.metrics, Sequence)
         for metric in task.metrics:
-            _check_kind(f"tasks.{task.name}.metrics", metric, Metric)
+            check_kind(f"tasks.{task.name}.metrics", metric, Metric)
     components = experiment.mixture.components
-    _check_kind("mixture.components", components, Mapping)
+    check_kind("mixture.components", components, Mapping)
     for name, component in components.items():
-        _check_kind(f"mixture.components.{name}", component, Component)
-        _check_kind(f"mixture.components.{name}.train", component.train, Source)
-        _check_kind(f"mixture.components.{name}.test", component.test, Source)
-
-
-def _check_kind(path: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(
-            f"{path} is {value!r}; it must be a {kind.__name__}, or fdl.Config of one"
-        )
+        check_kind(f"mixture.components.{name}", component, Component)
+        check_kind(f"mixture.components.{name}.train", component.train, Source)
+        check_kind(f"mixture.components.{name}.test", component.test, Source)
 
 
 def _check_numbers(experiment: Experiment) -> None:
@@ -230,7 +223,7 @@ def _check_host_memory(experiment: Experiment) -> None:
         ("mixture.batch_size", experiment.mixture.batch_size),
         ("evaluation_batch_size", experiment.evaluation_batch_size),
     ):
-        needed, memory = batch_size * min(smallest), _host_memory()
+        needed, memory = batch_size * min(smallest), host_memory()
         if needed > memory:
             raise ValueError(
                 f"{name} is {batch_size}; the records of such a batch take at least "
@@ -280,94 +273,6 @@ def _check_augment(source: str, component: Component, fields: Iterable[str]) -> 
         _check_record(f"after {path}", component.train, record, fields)
 
 
-def _check_trunk(experiment: Experiment) -> None:
-    trunk = experiment.trunk
-    names = ("width", "num_heads", "patch_size", "mlp_ratio", "num_channels")
-    _check_sizes("trunk", trunk, names)
-    _check_sizes("trunk", trunk, ("depth",), most=1000)
-    _check_dtype("trunk", trunk)
-    for task in experiment.tasks:
-        path = f"tasks.{task.name}.head"
-        _check_sizes(path, task.head, ("num_classes", "patch_size", "hidden"))
-        _check_dtype(path, task.head)
-    num_routers = getattr(trunk, "num_tasks", None)
-    if num_routers is not None and num_routers != len(experiment.tasks):
-        raise ValueError(
-            f"trunk.num_tasks is {num_routers}, but there are "
-            f"{len(experiment.tasks)} tasks; make them equal, or use None for a "
-            "trunk that the tasks share"
-        )
-    mixtures = {"trunk.moe": getattr(trunk, "moe", None)}
-    if isinstance(mixtures["trunk.moe"], tuple):
-        mixtures = {
-            f"trunk.moe.{i}": make for i, make in enumerate(mixtures["trunk.moe"])
-        }
-    for path, make in mixtures.items():
-        if make is not None:
-            _check_experts(path, make)
-        keywords = getattr(make, "keywords", {})
-        for name in ("num_tasks", "dtype"):
-            if name in keywords and isinstance(trunk, VisionTransformer):
-                raise ValueError(
-                    f"{path}.{name} is {keywords[name]!r}, but the trunk gives its "
-                    f"own to the experts; set trunk.{name} instead"
-                )
-    if experiment.evaluation_batch_size % experiment.group_size:
-        raise ValueError(
-            f"evaluation_batch_size is {experiment.evaluation_batch_size}; it must be "
-            f"a multiple of the routing group of {experiment.group_size} examples"
-        )
-
-
-def _check_experts(path: str, make: Any) -> None:
-    if isinstance(make, nn.Module) or not callable(make):
-        raise ValueError(
-            f"{path} is a {type(make).__name__}; it must make one: use fdl.Partial "
-            "rather than fdl.Config"
-        )
-    moe: Any = make()
-    _check_kind(f"{path}()", moe, nn.Module)
-    _check_sizes(path, moe, ("num_experts", "expert_hidden", "group_size"))
-    _check_sizes(path, moe, ("num_selected",), most=moe.num_experts)
-    router = getattr(moe, "router", None)
-    if router is None:
-        return
-    if isinstance(router, nn.Module) or not callable(router):
-        raise ValueError(
-            f"{path}.router is a {type(router).__name__}; it must make one: use "
-            "fdl.Partial rather than fdl.Config"
-        )
-    made: Any = router(num_experts=moe.num_experts, num_selected=moe.num_selected)
-    for name, value in vars(made).items():
-        if name.endswith(("_std", "_weight")) and value < 0:
-            raise ValueError(f"{path}.router.{name} is {value}; it must be at least 0")
-
-
-def _check_sizes(
-    path: str, module: nn.Module, names: Iterable[str], most: int = 2**20
-) -> None:
-    """Checks those of the named fields that the module has; it may be the user's."""
-    for name in names:
-        value = getattr(module, name, None)
-        if isinstance(value, int | float) and not 1 <= value <= most:
-            raise ValueError(
-                f"{path}.{name} is {value}; it must be at least 1 and at most {most:,}"
-            )
-
-
-def _check_dtype(path: str, module: nn.Module) -> None:
-    dtype = getattr(module, "dtype", jnp.float32)
-    try:
-        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        known = False
-    if not known:
-        raise ValueError(
-            f"{path}.dtype is {dtype!r}; use a floating-point type, such as float32 "
-            "or bfloat16"
-        )
-
-
 def _check_factories(experiment: Experiment) -> None:
     for name, argument, value, remedy in (
         (
@@ -404,102 +309,3 @@ def _check_factories(experiment: Experiment) -> None:
                 f"{name} is a {type(value).__name__}; use fdl.Partial of a function, "
                 "or None"
             )
-
-
-def _check_heads(experiment: Experiment, runs_here: bool) -> None:
-    """Compares the shape of every prediction with the labels it is to be judged by."""
-    model, key = experiment.model, jax.random.key(0)
-    inputs = experiment.inputs
-
-    def init(key: jax.Array) -> tuple:
-        return model.init(key, inputs), model.init_collections(key, inputs)
-
-    try:
-        params, collections = nn.unbox(jax.eval_shape(init, key))
-    except (ArithmeticError, MemoryError, TypeError) as error:
-        # What layers raise for sizes that they do not check.
-        raise ValueError(
-            f"the trunk or a head cannot be built ({error}); check its sizes"
-        ) from error
-    leaves = jax.tree.leaves(params)
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    if runs_here and needed > _device_memory():
-        raise ValueError(
-            f"the model has {sum(leaf.size for leaf in leaves):,} parameters, which "
-            f"take {needed / 1e9:,.0f} GB, but the devices have "
-            f"{_device_memory() / 1e9:,.0f} GB; make the trunk or a head smaller"
-        )
-    for task in experiment.tasks:
-        for source, tasks in experiment.labels.items():
-            if task.name not in tasks:
-                continue
-            component = experiment.mixture.components[source]
-            image = component.train.fields[component.input_field]
-            label = component.train.fields[task.field]
-            batch = experiment.group_size
-            prediction = jax.eval_shape(
-                lambda params, collections, images, name=task.name: model.apply_head(
-                    params["heads"][name],
-                    model.apply_trunk(
-                        repeat(params["trunk"], 1),
-                        images,
-                        (name,),
-                        train=False,
-                        collections=collections,
-                    ).features[0],
-                    name,
-                ),
-                params,
-                collections,
-                jax.ShapeDtypeStruct((batch, *image.shape), jnp.dtype(image.dtype)),
-            )
-            expected = label.shape
-            if label.num_classes is not None:
-                expected = (*expected, label.num_classes)
-            if prediction.shape[1:] != expected:
-                raise ValueError(
-                    f"the head of task {task.name!r} predicts shape "
-                    f"{prediction.shape[1:]} for each example, but the labels of "
-                    f"source {source!r} need {expected}; change the head's "
-                    "num_classes or patch_size"
-                )
-            _check_loss(
-                task,
-                prediction,
-                jax.ShapeDtypeStruct((batch, *label.shape), jnp.dtype(label.dtype)),
-            )
-
-
-def _check_loss(
-    task: Task, prediction: jax.ShapeDtypeStruct, target: jax.ShapeDtypeStruct
-) -> None:
-    mask = jax.ShapeDtypeStruct(target.shape[:1], jnp.bool_)
-    name = "loss"
-    try:
-        terms = jax.eval_shape(task.loss, prediction, target)
-        for metric in task.metrics:
-            name = f"metric {metric.name!r}"
-            jax.eval_shape(metric.update, prediction, target, mask)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the {name} of task {task.name!r} does not take predictions "
-            f"{prediction.dtype} {prediction.shape} and targets {target.dtype} "
-            f"{target.shape} ({error}); choose another one or change the head"
-        ) from error
-    shapes = jax.tree.map(lambda leaf: leaf.shape, terms)
-    if shapes != (target.shape, target.shape):
-        raise ValueError(
-            f"the loss of task {task.name!r} returns shapes {shapes} for targets of "
-            f"shape {target.shape}; it must return the loss of each element and which "
-            "are labelled"
-        )
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _device_memory() -> int:
-    """Bytes of all devices of this host together; CPU devices share its memory."""
-    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
-    return sum(s.get("bytes_limit", 0) for s in statistics) or _host_memory()

@@ -17,7 +17,7 @@ from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.models import VisionTransformer
 from mtl_jax.tasks import accuracy, r2, squared_error
-from mtl_jax.train import validate, validation
+from mtl_jax.train import model_validation, validate, validation
 
 GOOD = experiment()
 
@@ -280,16 +280,16 @@ def test_trunks_need_no_field():
 
 
 def test_a_model_that_no_device_could_hold(monkeypatch):
-    monkeypatch.setattr(validation, "_device_memory", lambda: 1000)
+    monkeypatch.setattr(model_validation, "_device_memory", lambda: 1000)
     assert_refused(GOOD, r"the model has \d[\d,]+ parameters, which take .* smaller")
 
 
 def test_a_batch_that_no_machine_could_hold(monkeypatch):
-    monkeypatch.setattr(validation, "_device_memory", lambda: 1e9)
+    monkeypatch.setattr(model_validation, "_device_memory", lambda: 1e9)
     # A record of stripes has 64 bytes of image and two labels of 4.
-    monkeypatch.setattr(validation, "_host_memory", lambda: 16 * 72)
+    monkeypatch.setattr(validation, "host_memory", lambda: 16 * 72)
     validate(GOOD)
-    monkeypatch.setattr(validation, "_host_memory", lambda: 16 * 72 - 1)
+    monkeypatch.setattr(validation, "host_memory", lambda: 16 * 72 - 1)
     assert_refused(GOOD, "mixture.batch_size is 16; the records of such a batch take")
     smaller = dataclasses.replace(GOOD.mixture, batch_size=8)
     assert_refused(
@@ -299,5 +299,5 @@ def test_a_batch_that_no_machine_could_hold(monkeypatch):
 
 def test_the_memory_of_this_machine_is_known():
     # A machine that runs the tests has between a gigabyte and a petabyte.
-    assert 1e9 < validation._host_memory() < 1e15
-    assert 1e9 < validation._device_memory() < 1e15
+    assert 1e9 < model_validation.host_memory() < 1e15
+    assert 1e9 < model_validation._device_memory() < 1e15
