@@ -19,6 +19,7 @@ PAGES = (
     ("docs/extend/task.md",),
     ("docs/extend/source.md",),
     ("docs/extend/method.md",),
+    ("docs/experts.md", "docs/extend/router.md"),
 )
 
 BLOCK = re.compile(
