@@ -5,7 +5,8 @@
 
 Writes docs/experts_speed.md. Every figure is a ratio of two times that were taken in
 turns in this process, forward and backward, and a median over the turns. The dense MLP
-has as many hidden units as a token's experts have together, and so the same activated FLOPs.
+has as many hidden units as a token's experts have together, and so the same activated
+FLOPs.
 Without ``--vmoe`` its columns are left out.
 """
 
@@ -303,9 +304,9 @@ by `python benchmarks/moe.py --vmoe PATH`; times are taken in turns in one proce
 the ratios are those of medians.
 
 *capacity* has slots for 1.25 times an even share, as V-MoE's layer has; *dropless* has
-no limit. Which layout of rows is used follows from the shapes: few rows an expert lie in
-buffers, many are sorted and computed block by block. *vmoe indices* and *vmoe einsum*
-are the two dispatchers of google-research/vmoe around the same experts.
+no limit. Which layout of rows is used follows from the shapes: few rows an expert lie
+in buffers, many are sorted and computed block by block. *vmoe indices* and *vmoe
+einsum* are the two dispatchers of google-research/vmoe around the same experts.
 
 {table}
 
