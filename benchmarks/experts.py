@@ -2,9 +2,9 @@
 
     python benchmarks/experts.py --runs runs/results
 
-Writes docs/results_experts.md. Active FLOPs are equal: a token has two experts, and the
-dense trunk's MLPs are as wide as both together. Runs that are complete are not repeated,
-so it can be stopped and started again.
+Writes docs/results_experts.md. Active FLOPs are equal: a token has two experts, and
+the dense trunk's MLPs are as wide as both together. Runs that are complete are not
+repeated, so it can be stopped and started again.
 """
 
 import argparse
@@ -23,10 +23,10 @@ KINDS = {
 
 PAGE = """# Results: experts
 
-Written by `python benchmarks/experts.py`: the main job, `earth_digits`, with 4, 8 and 16
-experts, with a router a task and with one router, and with dense MLPs instead, at equal
-active FLOPs of a token. Seeds: {seeds}. Headline metric of each task on held-out data,
-mean ± standard deviation.
+Written by `python benchmarks/experts.py`: the main job, `earth_digits`, with 4, 8 and
+16 experts, with a router a task and with one router, and with dense MLPs instead, at
+equal active FLOPs of a token. Seeds: {seeds}. Headline metric of each task on held-out
+data, mean ± standard deviation.
 
 {scores}
 
@@ -108,7 +108,7 @@ def page(runs: dict[tuple[str, int], list[dict]], dense: list[dict]) -> str:
 
 
 def verdict(name: str, found: list[dict], dense: list[dict]) -> str:
-    """Tasks for which every seed is better, or worse, than every seed without experts."""
+    """Tasks for which every seed is better, or worse, than every dense one."""
     better, worse = [], []
     for task in TASKS:
         metric = dense[0]["tasks"][task]["headline"]
