@@ -124,3 +124,63 @@ def test_what_travels_in_the_smallest():
         ("all-reduce", "data"),
         ("all-reduce", "data+expert"),
     }
+
+
+WITHOUT_FSDP = {
+    ("all-to-all", "expert"),
+    ("all-reduce", "data"),
+    ("all-reduce", "data+expert"),
+}
+# Parameters are gathered over fsdp, their gradients scattered.
+WITH_FSDP = WITHOUT_FSDP | {
+    ("all-gather", "fsdp"),
+    ("reduce-scatter", "fsdp"),
+    ("all-reduce", "data+fsdp"),
+    ("all-reduce", "data+fsdp+expert"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "topology", "mesh", "expected"),
+    [
+        ("small_72m", "v5e:4x4", (), WITHOUT_FSDP),
+        ("base_1b", "v5e:4x4", (), WITHOUT_FSDP),
+        ("large_3b", "v5e:4x4", ("mesh.fsdp=2", "mesh.expert=4"), WITH_FSDP),
+        ("giant_21b", "v5p:2x2x4", ("mesh.fsdp=2", "mesh.expert=4"), WITH_FSDP),
+        ("huge_100b", "v5p:2x2x4", ("mesh.fsdp=2", "mesh.expert=4"), WITH_FSDP),
+    ],
+)
+def test_what_travels_in_the_others(variant, topology, mesh, expected):
+    found = travelling(variant, topology, "mixture.batch_size=64", *mesh)
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_a_looped_trunk_sends_as_many_tokens_as_an_unrolled_one():
+    """Trip counts of loops, which TPU programs do not state, checked without loops."""
+    topology = scaling.make_topology("v5e:2x4")
+    sizes = ("trunk.depth=6", "mixture.batch_size=32", "evaluation_batch_size=32")
+    looped, unrolled = (
+        scaling.estimate(
+            load("tiny_6m", *sizes, f"trunk.scan={scan}"), topology, optimized=False
+        )
+        for scan in (True, False)
+    )
+
+    def bytes_by_kind(found):
+        return {
+            (item.kind, item.axes): item.bytes
+            for item in found.collectives
+            if item.bytes > 4096
+        }
+
+    assert bytes_by_kind(looped) == bytes_by_kind(unrolled)
+    tokens = [
+        {item.kind: item.count for item in found.collectives}["all-to-all"]
+        for found in (looped, unrolled)
+    ]
+    # Three blocks of experts: there and back, forward, recomputed and backward.
+    assert tokens == [18, 18]
+    assert looped.chip_flops == pytest.approx(unrolled.chip_flops, rel=0.01)
+    assert looped.memory_bytes == pytest.approx(unrolled.memory_bytes, rel=0.05)
