@@ -134,7 +134,7 @@ def estimate(
       experiment: What would be run; `mtl_jax.train.validate` it first.
       topology: The slice.
       optimized: Whether the compiler does all it can. Otherwise it takes a quarter of
-        the time. The collectives are the same, but none is overlapped; peak memory is
+        the time or less. The collectives are the same, but none is overlapped; peak memory is
         within a tenth; more traffic goes through the memory.
 
     Raises:
