@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:8x8x16"
     )
     compile_.add_argument(
-        "--quick", action="store_true", help="compile in a quarter of the time, less well"
+        "--quick", action="store_true", help="compile in less time, less well"
     )
     compile_.add_argument(
         "--search", action="store_true", help="find the batch and remat that fit best"

@@ -134,8 +134,8 @@ def estimate(
       experiment: What would be run; `mtl_jax.train.validate` it first.
       topology: The slice.
       optimized: Whether the compiler does all it can. Otherwise it takes a quarter of
-        the time or less. The collectives are the same, but none is overlapped; peak memory is
-        within a tenth; more traffic goes through the memory.
+        the time or less. The collectives are the same, but none is overlapped; peak
+        memory is within a tenth; more traffic goes through the memory.
 
     Raises:
       ValueError: If mesh, batch and slice do not fit.
