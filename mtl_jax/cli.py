@@ -402,7 +402,8 @@ def _start_jax(options: argparse.Namespace) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
-    if jax.config.jax_platforms is None and _libtpu_has_nothing_to_do():
+    chosen = jax.config.values["jax_platforms"]
+    if chosen is None and _libtpu_has_nothing_to_do():
         jax.config.update("jax_platforms", "cpu")
     # No command has all of these options.
     chosen = vars(options)
