@@ -11,11 +11,14 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from mtl_jax.layers.moe.layer import MoE
+from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.layers.moe.streaming import (
     MISSING,
     PlacedExperts,
@@ -26,6 +29,10 @@ from mtl_jax.models.multitask import MultitaskModel, Params, layer_statistics
 
 Usage = Mapping[str, Float[np.ndarray, " experts"]]
 """Block of the trunk -> share of a task's assignments that each expert gets."""
+
+
+FIRST_CHOICE = "first_choice"
+"""Statistic of a layer: the expert that each token goes to first."""
 
 
 class MissingExpertError(LookupError):
@@ -43,7 +50,15 @@ def single_examples(model: MultitaskModel) -> MultitaskModel:
         return model
 
     def single(make: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        if make is None or make().capacity_factor is not None:
+        if make is None:
+            return None
+        layer = make()
+        router = layer.router(
+            num_experts=layer.num_experts, num_selected=layer.num_selected
+        )
+        # A router with a capacity of its own fills buffers from a whole group.
+        limits = (layer.capacity_factor, getattr(router, "capacity_factor", None))
+        if limits != (None, None):
             return make
         return functools.partial(make, group_size=1)
 
@@ -102,13 +117,23 @@ def task_features(
       The features, and the statistics of each block with experts by the block's name.
     """
     with streaming():
-        features, sown = model.trunk.apply(
-            {"params": trunk_params, **(collections or {})},
-            images,
-            jnp.asarray(index, jnp.int32) if model.task_conditioned else None,
-            train=False,
-            mutable=["statistics"],
-        )
+        return _apply(model, trunk_params, images, index, collections)
+
+
+def _apply(
+    model: MultitaskModel,
+    trunk_params: Mapping,
+    images: Array,
+    index: Int[Array, ""] | int,
+    collections: Mapping[str, Any] | None,
+) -> tuple[Array, dict[str, Any]]:
+    features, sown = model.trunk.apply(
+        {"params": trunk_params, **(collections or {})},
+        images,
+        jnp.asarray(index, jnp.int32) if model.task_conditioned else None,
+        train=False,
+        mutable=["statistics"],
+    )
     period = getattr(model.trunk, "period", 1)
     return features, layer_statistics(sown.get("statistics") or {}, period)
 
@@ -134,6 +159,56 @@ def predict(
     index = list(model.heads).index(task)
     features, _ = task_features(model, params["trunk"], images, index, collections)
     return model.apply_head(params["heads"][task], features, task)
+
+
+def first_choices(
+    model: MultitaskModel,
+    trunk_params: Mapping,
+    images: Array,
+    index: Int[Array, ""] | int,
+    collections: Mapping[str, Any] | None = None,
+) -> dict[str, Int[Array, "batch rows columns"]]:
+    """The expert that each patch goes to first. A pure function.
+
+    Args:
+      model: The model.
+      trunk_params: Parameters of its trunk.
+      images: ``[batch, height, width, channels]``.
+      index: Index of the task, possibly traced.
+      collections: What the trunk keeps besides its parameters.
+
+    Returns:
+      Block -> experts; nothing of blocks whose router leaves no choice to tokens.
+    """
+
+    def intercept(
+        call: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        if isinstance(module, MoE) and context.method_name == "_apply_experts":
+            decision = arguments[1]
+            if isinstance(decision, Routing):
+                module.sow(
+                    "statistics",
+                    FIRST_CHOICE,
+                    decision.expert_index[..., 0].reshape(len(images), -1),
+                    reduce_fn=lambda _, new: new,
+                    init_fn=lambda: jnp.zeros((), jnp.int32),
+                )
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(intercept):
+        features, sown = _apply(model, trunk_params, images, index, collections)
+    _, rows, columns, _ = features.shape
+    # Tokens of no patch, such as that of the class, come first.
+    return {
+        block: values[FIRST_CHOICE][:, -rows * columns :].reshape(-1, rows, columns)
+        for block, values in sown.items()
+        if FIRST_CHOICE in values
+    }
 
 
 def measure_usage(

@@ -30,6 +30,7 @@ from mtl_jax.report.results import (
     format_value,
     result_rows,
 )
+from mtl_jax.report.routing import routed_images
 from mtl_jax.report.run_folder import Run, read_run
 from mtl_jax.report.tiles import dense_tasks, labelled_images
 
@@ -92,6 +93,7 @@ def report_context(run: Run, baselines: Baselines | None) -> dict[str, Any]:
         "gradient_norms": gradient_norm_panels(run),
         "conflict_rate": _mean_share(conflict),
         "experts": expert_images(run),
+        "routed_images": routed_images(run),
         "dropped_tokens": _dropped_tokens(run),
         "dense_tasks": dense_tasks(run),
         "labelled_images": labelled_images(run),

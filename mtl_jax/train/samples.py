@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mtl_jax.data.mixture import Component, evaluation_batches
+from mtl_jax.models.inference import first_choices
 from mtl_jax.sharding.distributed import is_main
 from mtl_jax.train.evaluate import make_predict
 from mtl_jax.train.program import Program
@@ -24,7 +25,9 @@ def write_samples(path: Path, program: Program, params: Mapping) -> None:
 
     Args:
       path: The ``.npz`` file to write: ``source/image``, ``source/task/target`` and
-        ``source/task/prediction``, classes as integers.
+        ``source/task/prediction``, classes as integers; of dense targets also
+        ``source/routing/task/layer``, the expert of each patch, with ``all`` for the
+        task where routers do not tell tasks apart.
       program: The trained program.
       params: The trained parameters.
     """
@@ -74,7 +77,38 @@ def _source_samples(
                 collected.setdefault(name, []).append(np.asarray(part)[real])
     whole = {name: np.concatenate(parts) for name, parts in collected.items()}
     chosen = _choose(whole, tuple(fields))
-    return {name: array[chosen] for name, array in whole.items()}
+    samples = {name: array[chosen] for name, array in whole.items()}
+    if any(samples[f"{task}/target"].ndim > 1 for task in fields):
+        samples |= _routing(program, params, tuple(fields), samples["image"])
+    return samples
+
+
+def _routing(
+    program: Program, params: Mapping, tasks: tuple[str, ...], images: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The expert that each patch of the images goes to first, by task and layer."""
+    model = program.objective.model
+    size = program.experiment.evaluation_batch_size
+    padded = -(-len(images) // size) * size
+    batch = np.zeros((padded, *images.shape[1:]), images.dtype)
+    batch[: len(images)] = images
+    choose = jax.jit(
+        lambda params, images, index: first_choices(
+            model, params["trunk"], images, index, params.get("collections")
+        ),
+        out_shardings=program.replicated,
+    )
+    routing = {}
+    # Without a router a task, one task tells of all.
+    for task in tasks if model.task_conditioned else tasks[:1]:
+        with program.scope():
+            index = np.int32(list(model.heads).index(task))
+            placed = program.place(batch[program.local_rows(padded)])
+            found = jax.device_get(choose(params, placed, index))
+        name = task if model.task_conditioned else "all"
+        for layer, experts in found.items():
+            routing[f"routing/{name}/{layer}"] = experts[: len(images)].astype(np.int16)
+    return routing
 
 
 def _choose(whole: Mapping[str, np.ndarray], tasks: tuple[str, ...]) -> np.ndarray:

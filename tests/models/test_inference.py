@@ -9,11 +9,12 @@ import pytest
 from mtl_jax.layers.heads import Classification, DensePrediction
 from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.gates import Gate
-from mtl_jax.layers.moe.routers import M3ViT
+from mtl_jax.layers.moe.routers import ExpertChoice, M3ViT
 from mtl_jax.models import MultitaskModel, VisionTransformer
 from mtl_jax.models.inference import (
     MissingExpertError,
     Predictor,
+    first_choices,
     measure_usage,
     place_params,
     predict,
@@ -169,14 +170,42 @@ def test_models_without_capacity_take_any_batch():
         predictor(IMAGES[:1], "digit"), plain("digit")[:1], atol=1e-5
     )
     limited = functools.partial(EXPERTS, capacity_factor=1.0)
-    trunk = TRUNK(moe=(None, EXPERTS, limited, None))
+    filled = functools.partial(EXPERTS, router=ExpertChoice)
+    trunk = TRUNK(moe=(None, EXPERTS, limited, filled))
     sizes = [
         make and make().group_size
         for make in single_examples(MultitaskModel(trunk, HEADS)).trunk.moe
     ]
-    assert sizes == [None, 1, 2, None]
+    assert sizes == [None, 1, 2, 2]
     dense = MultitaskModel(TRUNK(), HEADS)
     assert single_examples(dense) is dense
+
+
+@pytest.mark.parametrize("fields", [{}, {"class_token": "inside", "remat": True}])
+def test_first_choices_are_the_largest_logits_of_each_patch(fields):
+    model = MultitaskModel(TRUNK(moe=(None, EXPERTS), num_tasks=3, **fields), HEADS)
+    init = jax.jit(functools.partial(model.trunk.init, train=False))
+    params = nn.unbox(init(jax.random.key(1), IMAGES, 0))["params"]
+
+    @jax.jit
+    def both(params):
+        logits = []
+
+        def keep(call, arguments, keywords, context):
+            output = call(*arguments, **keywords)
+            if isinstance(context.module, Gate):
+                logits.append(output)
+            return output
+
+        with nn.intercept_methods(keep):
+            model.trunk.clone(remat=False).apply({"params": params}, IMAGES, 2)
+        return first_choices(model, params, IMAGES, 2), logits
+
+    chosen, (logits,) = both(params)
+    largest = jnp.argmax(logits.reshape(2, -1, 16), axis=-1)
+    assert list(chosen) == ["block_1"]
+    np.testing.assert_array_equal(chosen["block_1"], largest[:, -16:].reshape(2, 4, 4))
+    assert len(np.unique(largest)) > 2
 
 
 def test_mistakes_are_explained():

@@ -78,6 +78,10 @@ def _samples(random, tasks, sources):
                 pair = truth, (truth + 1) % 10
             samples[f"{source}/{task}/target"] = pair[0]
             samples[f"{source}/{task}/prediction"] = pair[1]
+            for block in BLOCKS if source == "earth" else ():
+                samples[f"{source}/routing/{task}/{block}"] = random.integers(
+                    0, NUM_EXPERTS, (count, 8, 8)
+                )
     return samples
 
 

@@ -131,6 +131,12 @@ def test_the_result_says_what_was_run(whole):
     assert set(result["tasks"]) == {"bright", "redness", "direction", "phase"}
     samples = np.load(folder.path / "samples.npz", allow_pickle=False)
     assert samples["tiles/bright/prediction"].shape == (6, 8, 8)
+    routing = {name: samples[name] for name in samples if "/routing/" in name}
+    assert set(routing) == {f"tiles/routing/{t}/block_1" for t in ("bright", "redness")}
+    for experts in routing.values():
+        assert experts.shape == (6, 2, 2)
+        assert len(np.unique(experts)) > 1
+        assert set(np.unique(experts)) <= set(range(4))
     wrong = [
         samples[f"stripes/{task}/target"] != samples[f"stripes/{task}/prediction"]
         for task in ("direction", "phase")

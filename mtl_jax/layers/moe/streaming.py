@@ -22,10 +22,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mtl_jax.layers.moe import dispatch
 from mtl_jax.layers.moe.experts import expert_stages
-from mtl_jax.layers.moe.filling import Filling
+from mtl_jax.layers.moe.filling import Filling, run_filled
 from mtl_jax.layers.moe.grouped import Stage, linear
 from mtl_jax.layers.moe.layer import MoE
-from mtl_jax.layers.moe.record import record
+from mtl_jax.layers.moe.record import record, record_filled
 from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.sharding import expert_parallel
 
@@ -251,22 +251,28 @@ def _apply_experts(
     decision: Routing | Filling,
 ) -> Float[Array, "groups tokens width"]:
     """What the layer itself does, with experts wherever they are."""
+    expert = module.expert(
+        hidden=module.expert_hidden, dtype=module.dtype, name="experts"
+    )
+    # The parameters are those that were placed, whatever their containers.
+    stages, _ = expert_stages(
+        expert, module.num_experts, groups.shape[-1], module.dtype
+    )
     if not isinstance(decision, Routing):
-        raise ValueError(
-            f"the router {module.router} fills the buffers of all experts, so none can "
-            "be left out; keep all of them on the device"
-        )
-    num_tokens, width = groups.shape[1:]
+        if jax.tree.leaves(experts.resident)[0].shape[0] < module.num_experts:
+            raise ValueError(
+                f"the router of {module.name!r} fills the buffers of all experts, so "
+                "none can be left out; keep all of them on the device"
+            )
+        record_filled(module, decision)
+        parameters = _cast(experts.resident, groups.dtype)
+        return run_filled(stages, parameters, groups, decision)
+    num_tokens = groups.shape[1]
     capacity = num_tokens
     if module.capacity_factor is not None:
         capacity = dispatch.slots_per_expert(
             num_tokens, module.num_experts, module.num_selected, module.capacity_factor
         )
-    expert = module.expert(
-        hidden=module.expert_hidden, dtype=module.dtype, name="experts"
-    )
-    # The parameters are those that were placed, whatever their containers.
-    stages, _ = expert_stages(expert, module.num_experts, width, module.dtype)
     positions = dispatch.queue(
         decision.expert_index, module.num_experts, capacity, decision.priority
     )

@@ -10,7 +10,7 @@ import pytest
 from mtl_jax.layers.mlp import SwiGlu
 from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.gates import Gate
-from mtl_jax.layers.moe.routers import NoisyTopK
+from mtl_jax.layers.moe.routers import ExpertChoice, NoisyTopK
 from mtl_jax.layers.moe.streaming import (
     MISSING,
     PlacedExperts,
@@ -150,16 +150,31 @@ def test_experts_are_in_the_memory_that_they_were_placed_in():
         assert kinds == {memory}
 
 
-def test_nothing_larger_than_one_expert_leaves_the_host():
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_nothing_larger_than_one_expert_leaves_the_host(platform):
     params = parameters()
     params = params | {"experts": place_experts(params["experts"], ())}
     traced = apply.trace(LAYER(), params, 1)
-    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
     copied = re.findall(r"@annotate_device_placement\(.*-> tensor<(\S+)>", program)
     # The first expert's four parameters before the loop, the next one's within.
     assert sorted(copied) == sorted(2 * ["16x8xf32", "16xf32", "8x16xf32", "8xf32"])
     on_host = re.findall(r"tensor<(\S+)> \{mhlo.memory_kind = \"pinned_host\"", program)
     assert sorted(on_host) == ["6x16x8xf32", "6x16xf32", "6x8x16xf32", "6x8xf32"]
+
+
+def test_routers_that_fill_buffers_need_all_experts():
+    fields = {"router": ExpertChoice, "num_tasks": None}
+    layer = LAYER(**fields)
+    params = nn.unbox(layer.init(jax.random.key(1), TOKENS, train=False))["params"]
+    plain, _ = apply(layer, params, None)
+    experts = params.pop("experts")
+    placed = params | {"experts": place_experts(experts, range(EXPERTS))}
+    output, _ = apply(layer, placed, None)
+    np.testing.assert_array_equal(output, plain)
+    placed = params | {"experts": place_experts(experts, range(1, EXPERTS))}
+    with pytest.raises(ValueError, match="fills the buffers of all experts"):
+        apply(layer, placed, None)
 
 
 def test_without_placed_experts_nothing_changes():
