@@ -36,6 +36,7 @@ TRUSTED_MODULES = (
     "mtl_jax.tasks",
     "mtl_jax.train.experiment",
     "mtl_jax.train.optimizer",
+    "mtl_jax.train.start_from",
     "fiddle._src.config",
     "fiddle._src.partial",
     "flax.linen",

@@ -144,7 +144,7 @@ class Checkpoints:
                 f"the checkpoint {self._directory / str(step)} does not fit the "
                 f"config: {path} is {old} in the checkpoint and {new} in the config, "
                 f"and {len(different) - 1} more differ; use the config that it was "
-                "trained with"
+                "trained with, or start a run of its own from it by initialize"
             )
 
     def close(self) -> None:
