@@ -9,7 +9,9 @@ Heads are the published ones, which double the grid between convolutions.
     mtl-jax train m3vit --workdir runs/m3vit
 
 `main` is small enough for two CPU cores: four tasks on the Earth's tiles that ship with
-the package, from random weights.
+the package, from random weights. In 18 minutes on two cores that were busy with other
+things, seed 0: surface accuracy 0.980, climate accuracy 0.619, elevation R² 0.769, slope
+R² 0.182.
 
 `tiny`, `small` and `base` are the published sizes, on images of 512 x 512 pixels as for
 PASCAL-Context: the same tiles, enlarged, which adds no detail and stands in for a data
@@ -133,11 +135,11 @@ def main() -> fdl.Config:
         aggregator=fdl.Partial(optim.sum),
         # Ten times as large as published, as nothing is pretrained.
         optimizer=fdl.Partial(sgd, learning_rate=0.02),
-        num_steps=2000,
+        num_steps=1200,
         mesh=fdl.Config(MeshShape),
         rules=fdl.Config(Rules),
-        evaluate_every=500,
-        checkpoint_every=500,
+        evaluate_every=300,
+        checkpoint_every=300,
         log_every=10,
         evaluation_batch_size=64,
         evaluation_examples=128,
