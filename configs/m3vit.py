@@ -10,8 +10,8 @@ Heads are the published ones, which double the grid between convolutions.
 
 `main` is small enough for two CPU cores: four tasks on the Earth's tiles that ship with
 the package, from random weights. In 18 minutes on two cores that were busy with other
-things, seed 0: surface accuracy 0.980, climate accuracy 0.619, elevation R² 0.769, slope
-R² 0.182.
+things, seed 0: surface accuracy 0.980, climate accuracy 0.619, elevation R² 0.769,
+slope R² 0.182.
 
 `tiny`, `small` and `base` are the published sizes, on images of 512 x 512 pixels as for
 PASCAL-Context: the same tiles, enlarged, which adds no detail and stands in for a data
