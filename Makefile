@@ -9,15 +9,17 @@ PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROCESSES := auto
+PYTEST = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 export NO_MKDOCS_2_WARNING := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test docs clean
+.PHONY: help demo test test-slow docs clean
 
 help:
 	@echo "make demo    train the main job on data that ships with the project"
-	@echo "make test    check and test everything"
+	@echo "make test    check everything, and test all but what takes minutes"
+	@echo "make test-slow    the tests that take minutes"
 	@echo "make docs    build the documentation in site/"
 	@echo "make clean   remove .venv and what was built"
 
@@ -32,7 +34,10 @@ test: $(BIN)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --strict
-	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" $(PYTEST)
+
+test-slow: $(BIN)/.test
+	$(BIN)/pytest -m slow $(PYTEST)
 
 docs: $(BIN)/.test
 	$(BIN)/mkdocs build --strict

@@ -342,7 +342,7 @@ def test_a_fault_of_the_program_is_not_the_user_s(
     monkeypatch.setattr(train.program.Program, "compile_step", fail)
     with pytest.raises(ValueError, match="cannot reshape"):
         cli.main(["train", *SMALL])
-    monkeypatch.setattr(train.loop, "_evaluation", fail)
+    monkeypatch.setattr(train.loop, "make_evaluate", fail)
     with pytest.raises(ValueError, match="cannot reshape"):
         cli.main(["eval", str(run_folder)])
     assert "mtl-jax: error" not in capsys.readouterr().err

@@ -380,7 +380,11 @@ def test_a_rebuilt_config_builds_an_equal_experiment():
     assert theirs.trunk.clone(moe=None) == ours.trunk.clone(moe=None)
     assert isinstance(theirs.trunk.moe, functools.partial)
     assert theirs.trunk.moe.func is MoE
-    assert theirs.trunk.moe() == ours.trunk.moe()
+    theirs_moe, ours_moe = theirs.trunk.moe(), ours.trunk.moe()
+    # So are partials.
+    assert theirs_moe.clone(router=None) == ours_moe.clone(router=None)
+    assert theirs_moe.router.func is ours_moe.router.func
+    assert theirs_moe.router.keywords == ours_moe.router.keywords
     assert theirs.mixture.batch_size == ours.mixture.batch_size
     assert (theirs.rules, theirs.mesh) == (ours.rules, ours.mesh)
     for ours_task, theirs_task in zip(ours.tasks, theirs.tasks, strict=True):
