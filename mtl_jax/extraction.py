@@ -69,8 +69,8 @@ def extract_run(
         holds a run already.
     """
     experiment = program.experiment
-    model: Any = experiment.model
     _check(experiment, task, output)
+    model: Any = experiment.model
     document = folder.read_json("config.json") or {}
     config = configuration.from_document(document, trust)
     usage = _measure(program, state, task)
