@@ -139,6 +139,45 @@ def test_the_step_is_traced_once(monkeypatch):
     run(experiment(num_experts=0), jax.devices()[:1], 4)
 
 
+def test_gradients_are_accumulated_with_experts_on_a_mesh():
+    def optimizer(num_steps):
+        accumulating = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
+        return accumulating.gradient_transformation()
+
+    program = build_program(
+        experiment(mesh=MeshShape(data=2, expert=4), optimizer=optimizer)
+    )
+    state = program.init_state()
+    params = jax.device_get(state.params)
+    kernel = state.params["trunk"]["block_1"]["moe"]["experts"]["up"]["kernel"]
+    accumulated = state.optimizer_state.acc_grads["trunk"]["block_1"]["moe"]
+    assert accumulated["experts"]["up"]["kernel"].sharding == kernel.sharding
+    batches = training_batches(
+        program.experiment.mixture,
+        {task.name: task.field for task in program.experiment.tasks},
+        0,
+        program.share_multiple,
+    )
+    step, _ = program.compile_step()
+    with jax.set_mesh(program.mesh):
+        gradient = jax.jit(jax.grad(program.objective.summed_loss))
+        gradients = []
+        for _ in range(2):
+            jax.tree.map(np.testing.assert_array_equal, params, state.params)
+            batch = program.place(next(batches))
+            key = jax.random.fold_in(state.key, state.step)
+            gradients.append(jax.device_get(gradient(params, batch, key)))
+            state, _ = step(state, batch)
+    expected = jax.tree.map(lambda p, a, b: p - 0.05 * (a + b), params, *gradients)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(
+            ours, theirs, rtol=1e-5, atol=1e-6
+        ),
+        jax.device_get(state.params),
+        expected,
+    )
+
+
 @pytest.mark.parametrize(("method", "at"), [("mgda", "params"), ("upgrad", "features")])
 def test_training_lowers_the_loss(method, at):
     chosen = experiment(

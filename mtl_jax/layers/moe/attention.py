@@ -15,6 +15,7 @@ from mtl_jax.layers.moe.execution import Execution, choose, run
 from mtl_jax.layers.moe.experts import expert_stages
 from mtl_jax.layers.moe.record import record
 from mtl_jax.layers.moe.routers import NoisyTopK
+from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.sharding import expert_parallel
 
 
@@ -77,8 +78,8 @@ class MoeAttention(nn.Module):
         Raises:
           ValueError: If ``num_heads`` is not in ``[1, num_experts]`` or, without a
             ``head_width``, does not divide the width; if batch or experts do not
-            divide over the mesh; if ``capacity_factor`` leaves no slot; or if ``task``
-            does not fit ``num_tasks``.
+            divide over the mesh; if ``capacity_factor`` leaves no slot; if ``task``
+            does not fit ``num_tasks``; or if the router fills buffers itself.
         """
         batch, num_tokens, width = x.shape
         head_width = self._head_width(width)
@@ -90,6 +91,12 @@ class MoeAttention(nn.Module):
             name="router",
         )
         routing = router(x, task, None, train=train)
+        if not isinstance(routing, Routing):
+            raise ValueError(
+                "router: attention needs one by which tokens choose experts, and this "
+                "one fills the experts' buffers itself; choose another, such as "
+                "NoisyTopK."
+            )
         x = x.astype(self.dtype)
         # The projections to queries and from what was attended are its two stages.
         expert = LowRank(head_width, dtype=self.dtype, name="experts")

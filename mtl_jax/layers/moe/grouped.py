@@ -129,7 +129,7 @@ def _backward(stages, sizes, residuals, cotangent):
             )
         return (
             block.write(rows_gradient, pulled),
-            block.add_to_expert(gradients, mine_gradient),
+            block.give_expert(gradients, mine_gradient),
         )
 
     rows_gradient, gradients = _over_blocks(
@@ -145,10 +145,10 @@ _apply_blocks.defvjp(_forward, _backward)
 
 
 class _Block:
-    """One block: which rows, and whose they are."""
+    """One block: which rows, whose they are, and whether it is that expert's first."""
 
-    def __init__(self, size: int, start: Array, expert: Array):
-        self.size, self.start, self.expert = size, start, expert
+    def __init__(self, size: int, start: Array, expert: Array, first: bool):
+        self.size, self.start, self.expert, self.first = size, start, expert, first
 
     def of(self, rows: PyTree) -> PyTree:
         return jax.tree.map(
@@ -168,17 +168,15 @@ class _Block:
             parameters,
         )
 
-    def add_to_expert(self, totals: PyTree, added: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda total, more: jax.lax.dynamic_update_index_in_dim(
-                total,
-                jax.lax.dynamic_index_in_dim(total, self.expert, keepdims=False) + more,
-                self.expert,
-                0,
-            ),
-            totals,
-            added,
-        )
+    def give_expert(self, totals: PyTree, given: PyTree) -> PyTree:
+        """Adds to what the expert has; the first block saves reading that."""
+
+        def give(total: Array, more: Array) -> Array:
+            if not self.first:
+                more += jax.lax.dynamic_index_in_dim(total, self.expert, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(total, more, self.expert, 0)
+
+        return jax.tree.map(give, totals, given)
 
 
 def _over_blocks(
@@ -189,27 +187,30 @@ def _over_blocks(
 ) -> Any:
     """Runs ``body`` for every block, one size after another.
 
-    A loop for each size rather than one that switches between them, as XLA would copy
-    what a switch changes.
+    Of each expert, the last block comes first: it may have any size, and most experts
+    have no other. There is a loop for each size rather than one that switches between
+    them, as XLA would copy what a switch changes.
     """
     padded = dispatch.padded_count(count, sizes)
     full = dispatch.num_full(count, sizes)
     start, last = jnp.cumsum(padded) - padded, dispatch.last_block(count, sizes)
-    for i, size in enumerate(sizes):
-        blocks = ((last == i) & (count > 0)).astype(count.dtype)
-        first = start + full * sizes[-1]
-        if size == sizes[-1]:
-            blocks, first = blocks + full, start
+    last_start = start + full * sizes[-1]
+
+    def run(carry, size, blocks, start, first):
         done = jnp.cumsum(blocks)
 
-        def one(i, carry, size=size, blocks=blocks, done=done, first=first):
+        def one(i, carry):
             expert = jnp.sum(done <= i, dtype=jnp.int32)
             earlier = done[expert] - blocks[expert]
-            block = _Block(size, first[expert] + (i - earlier) * size, expert)
-            return body(block, carry)
+            row = start[expert] + (i - earlier) * size
+            return body(_Block(size, row, expert, first), carry)
 
-        carry = jax.lax.fori_loop(0, done[-1], one, carry)
-    return carry
+        return jax.lax.fori_loop(0, done[-1], one, carry)
+
+    for i, size in enumerate(sizes):
+        blocks = ((last == i) & (count > 0)).astype(count.dtype)
+        carry = run(carry, size, blocks, last_start, first=True)
+    return run(carry, sizes[-1], full, start, first=False)
 
 
 def _stage_outputs(

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from mtl_jax.layers.moe import MoeAttention
 from mtl_jax.layers.moe.execution import Execution
 from mtl_jax.layers.moe.gates import Gate
-from mtl_jax.layers.moe.routers import NoisyTopK
+from mtl_jax.layers.moe.routers import ExpertChoice, NoisyTopK
 from mtl_jax.sharding import Rules, make_mesh, param_shardings, spec
 
 BATCH, TOKENS, WIDTH, EXPERTS, HEADS, HEAD_WIDTH = 8, 5, 6, 8, 3, 4
@@ -214,3 +214,11 @@ def test_on_a_mesh(how, sizes):
 def test_sizes_must_fit(fields, expected):
     with pytest.raises(ValueError, match=expected):
         init(layer().clone(**fields))
+
+
+def test_a_router_that_fills_buffers_is_refused():
+    module = MoeAttention(num_heads=2, num_experts=4, router=ExpertChoice)
+    with pytest.raises(ValueError, match="router: attention needs one by which tokens"):
+        jax.eval_shape(
+            lambda: module.init(jax.random.key(0), jnp.zeros((2, 8, 16)), train=False)
+        )
