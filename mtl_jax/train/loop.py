@@ -1,11 +1,8 @@
 """Training from the first step, or the last checkpoint, to the result."""
 
-import importlib.metadata
-import platform
-import resource
-import sys
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -17,8 +14,10 @@ from mtl_jax.sharding.distributed import is_main, preempted
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.evaluate import make_evaluate
 from mtl_jax.train.experiment import Experiment
-from mtl_jax.train.program import Program, count_parameters
+from mtl_jax.train.observer import Observer
+from mtl_jax.train.program import Program
 from mtl_jax.train.progress import ProgressDisplay
+from mtl_jax.train.result import describe_run, task_results
 from mtl_jax.train.run_folder import RunFolder, RunFolderError, to_json
 from mtl_jax.train.samples import write_samples
 from mtl_jax.train.state import TrainState
@@ -35,7 +34,12 @@ class PreemptedError(Exception):
     """A run was saved and stopped, as its cluster takes a machine away."""
 
 
-def train(program: Program, folder: RunFolder, config_name: str) -> dict:
+def train(
+    program: Program,
+    folder: RunFolder,
+    config_name: str,
+    observers: Sequence[Observer] = (),
+) -> dict:
     """Runs a program to its end, from the newest checkpoint in its folder if any.
 
     Everything in ``metrics.jsonl`` and in the checkpoints is the same to the last bit
@@ -48,6 +52,7 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
       program: What to run, from `mtl_jax.train.build_program`.
       folder: The run's folder.
       config_name: What the result calls the config.
+      observers: Who follows the run besides the display in the terminal.
 
     Returns:
       The content of ``result.json``.
@@ -73,38 +78,26 @@ def train(program: Program, folder: RunFolder, config_name: str) -> dict:
         compile_seconds = time.monotonic() - compile_started
         first_step = int(state.step)
         headlines = {task.name: task.metrics[0].name for task in experiment.tasks}
-        with ProgressDisplay(
-            headlines, experiment.num_steps, first_step, console
-        ) as display:
-            loop = _Loop(program, step, evaluate, checkpoints, folder, display, timings)
+        display = ProgressDisplay(headlines, experiment.num_steps, first_step, console)
+        with contextlib.ExitStack() as stack:
+            watching = [stack.enter_context(o) for o in (display, *observers)]
+            loop = _Loop(
+                program, step, evaluate, checkpoints, folder, watching, timings
+            )
             state = loop.run(state, batches)
         scores = loop.final_scores or evaluate(state.variables, None)
         write_samples(folder.path / "samples.npz", program, state.variables)
     finally:
         checkpoints.close()
-    parameters, active = count_parameters(program)
-    result = {
-        "config": config_name,
-        "seed": experiment.seed,
-        "num_steps": experiment.num_steps,
-        "tasks": _task_results(experiment, scores),
-        "sources": _describe_sources(program),
-        "mesh": dict(program.mesh.shape),
-        "method": _describe_method(experiment),
-        "cost": {
-            "parameters": parameters,
-            "active_parameters": active,
-            "flops_per_step": flops,
-            "peak_memory_bytes": _peak_memory(),
-            "compile_seconds": compile_seconds,
-            **timings.average(),
-        },
-        "versions": _versions(),
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    cost = {
+        "flops_per_step": flops,
+        "compile_seconds": compile_seconds,
+        **timings.average(),
         "wall_time_seconds": timings.wall_time_seconds,
     }
-    folder.write_json(RESULT, to_json(result))
-    return to_json(result)
+    result = to_json(describe_run(program, config_name, scores, cost))
+    folder.write_json(RESULT, result)
+    return result
 
 
 def evaluate_run(
@@ -126,7 +119,7 @@ def evaluate_run(
     """
     state = restore_run(program, folder, step)
     scores = make_evaluate(program)(state.variables, None)
-    return int(state.step), _task_results(program.experiment, scores)
+    return int(state.step), task_results(program.experiment, scores)
 
 
 def restore_run(program: Program, folder: RunFolder, step: int | None) -> TrainState:
@@ -182,10 +175,13 @@ def _start_or_continue(
 class _Loop:
     """The loop proper: step, log, evaluate, save."""
 
-    def __init__(self, program, step, evaluate, checkpoints, folder, display, timings):
+    def __init__(
+        self, program, step, evaluate, checkpoints, folder, observers, timings
+    ):
         self._experiment: Experiment = program.experiment
         self._program, self._step, self._evaluate = program, step, evaluate
-        self._checkpoints, self._folder, self._display = checkpoints, folder, display
+        self._checkpoints, self._folder = checkpoints, folder
+        self._observers: Sequence[Observer] = observers
         self._timings: Timings = timings
         self.final_scores: dict[str, Any] | None = None
 
@@ -195,6 +191,8 @@ class _Loop:
         unlogged: tuple[int, Metrics] | None = None
         self._timings.start()
         for step in range(int(state.step) + 1, experiment.num_steps + 1):
+            for observer in self._observers:
+                observer.begin(step)
             with self._timings.waiting():
                 batch = self._program.place(next(batches))
             state, metrics = self._step(state, batch)
@@ -246,90 +244,5 @@ class _Loop:
         line, timing = to_json(metrics) | dict(scores or {}), self._timings.line()
         self._folder.append(METRICS, {"step": step, **line})
         self._folder.append(TIMINGS, timing)
-        self._display.update(step, line, timing, evaluated=bool(scores))
-
-
-def _task_results(experiment: Experiment, scores: Mapping) -> dict[str, Any]:
-    results = {}
-    for task in experiment.tasks:
-        sources = [s for s, tasks in experiment.labels.items() if task.name in tasks]
-        label = experiment.mixture.components[sources[0]].test.fields[task.field]
-        values = scores[task.name]
-        results[task.name] = {
-            "metrics": {
-                metric.name: {
-                    "value": values[metric.name],
-                    "higher_is_better": metric.higher_is_better,
-                    "constant_predictor": values["constant_predictor"][metric.name],
-                }
-                for metric in task.metrics
-            },
-            "headline": task.metrics[0].name,
-            "output": {
-                "kind": "values" if label.num_classes is None else "classes",
-                "dense": len(label.shape) > 1,
-                "num_classes": label.num_classes,
-                "class_names": list(label.class_names),
-            },
-            "sources": sources,
-        }
-    return results
-
-
-def _describe_sources(program: Program) -> dict[str, Any]:
-    experiment = program.experiment
-    shares = experiment.mixture.examples_per_batch(program.share_multiple)
-    return {
-        name: {
-            "train_examples": len(component.train),
-            "test_examples": len(component.test),
-            "examples_per_step": shares[name],
-            "tasks": list(component.tasks),
-            "image_shape": list(component.train.fields[component.input_field].shape),
-        }
-        for name, component in experiment.mixture.components.items()
-        if name in shares
-    }
-
-
-def _describe_method(experiment: Experiment) -> dict[str, Any]:
-    def name(function) -> str:
-        return getattr(function, "func", function).__name__
-
-    sharpness = experiment.sharpness
-    return {
-        "aggregator": name(experiment.aggregator),
-        "gradients_at": experiment.gradients_at,
-        "sharpness_rho": None
-        if sharpness is None
-        else getattr(sharpness, "keywords", {}).get("rho"),
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = (
-        "mtl_jax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-    )
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "source tree"
-    return {"python": platform.python_version(), **versions}
-
-
-def _peak_memory() -> int:
-    """Peak bytes on the first device, or of this process where the device is a CPU."""
-    device = jax.local_devices()[0]
-    statistics = device.memory_stats() if device.platform != "cpu" else None
-    if statistics and "peak_bytes_in_use" in statistics:
-        return int(statistics["peak_bytes_in_use"])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        for observer in self._observers:
+            observer.update(step, line, timing, evaluated=bool(scores))

@@ -70,6 +70,9 @@ class ProgressDisplay:
             self._live.update(self._render())
             self._live.__exit__(*exception)
 
+    def begin(self, step: int) -> None:
+        """Nothing is shown of a step that is not done."""
+
     def update(
         self,
         step: int,

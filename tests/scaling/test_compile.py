@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from mtl_jax import cli
+from mtl_jax.cli import options
 from mtl_jax.scaling.chips import CHIPS
 from mtl_jax.scaling.compile import OutOfMemoryError, _out_of_memory
 from mtl_jax.scaling.topology import Topology
@@ -155,5 +156,5 @@ def test_jax_is_kept_from_tpus_only_where_there_are_none(
         folder = tmp_path / "sys/bus/pci/devices" / str(number)
         folder.mkdir(parents=True)
         (folder / "vendor").write_text(f"{vendor}\n")
-    monkeypatch.setattr(cli, "Path", lambda path: tmp_path / str(path).lstrip("/"))
-    assert cli._libtpu_has_nothing_to_do() is expected
+    monkeypatch.setattr(options, "Path", lambda path: tmp_path / str(path).lstrip("/"))
+    assert options.libtpu_has_nothing_to_do() is expected
