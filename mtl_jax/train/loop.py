@@ -63,6 +63,18 @@ def train(
       PreemptedError: If a process of several was told by SIGTERM that its machine is
         taken away; the run is saved as it was then.
     """
+    with contextlib.ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer)
+        return _train(program, folder, config_name, observers)
+
+
+def _train(
+    program: Program,
+    folder: RunFolder,
+    config_name: str,
+    observers: Sequence[Observer],
+) -> dict:
     started = time.monotonic()
     experiment = program.experiment
     checkpoints = Checkpoints(folder.path / CHECKPOINTS)
@@ -73,14 +85,16 @@ def train(
         evaluate = make_evaluate(program)
         console = Console(quiet=not is_main())
         console.print("compiling the training step ...")
+        for observer in observers:
+            observer.phase(int(state.step), "compiling")
         compile_started = time.monotonic()
         step, flops = program.compile_step()
         compile_seconds = time.monotonic() - compile_started
         first_step = int(state.step)
         headlines = {task.name: task.metrics[0].name for task in experiment.tasks}
         display = ProgressDisplay(headlines, experiment.num_steps, first_step, console)
-        with contextlib.ExitStack() as stack:
-            watching = [stack.enter_context(o) for o in (display, *observers)]
+        with display:
+            watching = (display, *observers)
             loop = _Loop(
                 program, step, evaluate, checkpoints, folder, watching, timings
             )
@@ -209,9 +223,12 @@ class _Loop:
             if evaluate or save:
                 jax.block_until_ready(state)
                 self._timings.stop(step)
+                if evaluate:
+                    self._enter(step, "evaluating")
                 scores = self._scores(state, last) if evaluate else {}
                 self._log(step, jax.device_get(metrics), scores)
                 if save:
+                    self._enter(step, "saving")
                     self._checkpoints.save(step, state, batches)
                 self._timings.start()
             elif step % experiment.log_every == 0:
@@ -224,6 +241,10 @@ class _Loop:
                     self._checkpoints.save(step, state, batches)
                 raise PreemptedError
         return state
+
+    def _enter(self, step: int, phase: str) -> None:
+        for observer in self._observers:
+            observer.phase(step, phase)
 
     def _scores(self, state: TrainState, last: bool) -> dict[str, float]:
         """Flat test metrics; at the last step of all test records."""

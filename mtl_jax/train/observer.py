@@ -6,7 +6,7 @@ from typing import Any, Protocol, Self
 
 
 class Observer(Protocol):
-    """Is entered before the first step of a run, and left after its last.
+    """Is entered before a run begins, and left after its result is written.
 
     What it is told is on the host already; it must not wait for the devices.
     """
@@ -22,6 +22,17 @@ class Observer(Protocol):
         traceback: TracebackType | None,
     ) -> bool | None:
         """Ends, also where the run fails."""
+        ...
+
+    def phase(self, step: int, name: str) -> None:
+        """The run begins something else than a step, which may take minutes.
+
+        It lasts until the next call of this or of `begin`.
+
+        Args:
+          step: Updates done.
+          name: ``compiling``, ``evaluating`` or ``saving``.
+        """
         ...
 
     def begin(self, step: int) -> None:

@@ -70,6 +70,10 @@ class ProgressDisplay:
             self._live.update(self._render())
             self._live.__exit__(*exception)
 
+    def phase(self, step: int, name: str) -> None:
+        """Says what the run does instead of training."""
+        self._bar.update(self._task, completed=step, speed=f"{name} ...")
+
     def begin(self, step: int) -> None:
         """Nothing is shown of a step that is not done."""
 
