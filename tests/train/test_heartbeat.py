@@ -112,9 +112,13 @@ def test_a_life_by_hand(heartbeat, folder, clocks):
     ],
 )
 def test_how_a_run_ends(heartbeat, folder, error, state):
-    with pytest.raises(type(error)), heartbeat:
-        heartbeat.begin(7)
-        raise error
+    def run():
+        with heartbeat:
+            heartbeat.begin(7)
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
     beat = read(folder)
     assert (beat["state"], beat["step"]) == (state, 6)
     if state == "failed":
