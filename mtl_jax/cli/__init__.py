@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mtl_jax.cli import pages, plans, runs, training
+from mtl_jax.cli import pages, plans, runs, training, watch
 from mtl_jax.cli.errors import fail
 
 
@@ -32,6 +32,6 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mtl-jax", description="Multitask learning at scale in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (training, runs, plans, pages):
+    for module in (training, watch, runs, plans, pages):
         module.add(commands)
     return parser
