@@ -2,32 +2,67 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from mtl_jax.sharding.rules import path_name
+from mtl_jax.sharding.distributed import is_main
+from mtl_jax.train.description import (
+    MOST,
+    config_differences,
+    shape_differences,
+    shortened,
+    task_differences,
+)
+from mtl_jax.train.integrity import (
+    FORMAT,
+    CheckedTemporaryPath,
+    DamagedCheckpointError,
+    check_contents,
+    check_files,
+)
 from mtl_jax.train.run_folder import RunFolderError
 from mtl_jax.train.state import TrainState
+
+FILE_BYTES = 2**28
+"""Bytes at which arrays go to a new file, so that threads can check several at once."""
 
 
 class Checkpoints:
     """The checkpoints of one run, saved in the background.
 
+    Each has a manifest of its files (`mtl_jax.train.integrity`), and nothing is read
+    that does not agree with it.
+
     Args:
       directory: Folder that holds them; made if absent.
+      description: Of the run that saves or restores, from
+        `mtl_jax.train.description.describe`; without, checkpoints of any run are
+        restored whose arrays fit.
       keep: How many of the newest to keep.
       read_only: Whether to leave the folder as it is, which another process may be
         writing; nothing is made, saved or deleted.
     """
 
-    def __init__(self, directory: Path, keep: int = 2, *, read_only: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        description: Mapping[str, Any] | None = None,
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+    ):
         self._directory = directory
+        self._description = dict(description or {})
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -36,11 +71,18 @@ class Checkpoints:
                 create=not read_only,
                 read_only=read_only,
                 save_interval_steps=0 if read_only else 1,
+                temporary_path_class=CheckedTemporaryPath,
+                # Metadata may be damaged, and are looked at once they are checked.
+                lightweight_initialize=True,
             ),
             item_handlers={  # type: ignore[arg-type]
-                "state": ocp.StandardCheckpointHandler(),
+                # Trained arrays hardly compress, and it takes longer than the rest.
+                "state": ocp.PyTreeCheckpointHandler(
+                    use_zarr3=True, use_compression=False
+                ),
                 # Of all processes the same, so that any number of them can go on.
                 "data": ocp.JsonCheckpointHandler(),
+                "run": ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -62,12 +104,56 @@ class Checkpoints:
           state: The training state.
           data: The iterator over training batches, which stands at that step.
         """
+        description = {"format": FORMAT, "step": step, **self._description}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_pytree(state)),  # type: ignore[call-arg]
+                state=ocp.args.PyTreeSave(  # type: ignore[call-arg]
+                    _as_pytree(state), ocdbt_target_data_file_size=FILE_BYTES
+                ),
                 data=ocp.args.JsonSave(data.get_state()),  # type: ignore[call-arg]
+                run=ocp.args.JsonSave(description),  # type: ignore[call-arg]
             ),
+        )
+
+    def restore_newest(
+        self, like: Callable[[], TrainState]
+    ) -> tuple[int, TrainState] | None:
+        """The newest checkpoint that is whole.
+
+        Newer ones that are damaged are named on stderr and, unless ``read_only``, get
+        the name ``STEP.damaged``.
+
+        Args:
+          like: Makes what `restore_state` takes.
+
+        Returns:
+          Step and state; None if there are no checkpoints.
+
+        Raises:
+          RunFolderError: If all are damaged, or the newest that is whole is not of
+            the shapes of ``like`` or is of another run. None is renamed then.
+        """
+        wanted: TrainState | None = None
+        damaged: list[DamagedCheckpointError] = []
+        for step in reversed(self.steps):
+            wanted = wanted or like()
+            try:
+                state = self.restore_state(step, wanted)
+            except DamagedCheckpointError as error:
+                damaged.append(error)
+                continue
+            self._pass_over(damaged, step)
+            return step, state
+        if not damaged:
+            return None
+        first, *others = damaged
+        also = "".join(
+            f", so is {other.folder.name} ({other.reason})" for other in others
+        )
+        raise RunFolderError(
+            f"the checkpoint {first.folder} is damaged ({first.reason}){also}, and "
+            "there is none before; restore one from a copy, or delete the run folder"
         )
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
@@ -81,19 +167,26 @@ class Checkpoints:
           The state, sharded as ``like``.
 
         Raises:
-          RunFolderError: If it is damaged, or not of the shapes of ``like``.
+          DamagedCheckpointError: If it is damaged.
+          RunFolderError: If it is not of the shapes of ``like``, of a run with other
+            tasks, or of a later format.
         """
+        folder = self._directory / str(step)
         wanted = _as_pytree(like)
-        with self._explained(step):
-            self._check_files(step)
-            saved = self._manager.item_metadata(step)["state"]
-            if saved is None:
-                raise ValueError("its metadata are missing")
-            self._check_fits(step, saved, wanted)
+        # Before anything is restored: storage that reads damage prints pages itself, and
+        # what one process finds all must know before they restore together.
+        _check_together(folder)
+        with self._explained(folder):
+            self._check_fits(step, folder, wanted)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(wanted)  # type: ignore[call-arg]
+                    state=ocp.args.PyTreeRestore(  # type: ignore[call-arg]
+                        wanted,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(
+                            wanted
+                        ),
+                    )
                 ),
             )
         return TrainState(**restored["state"])
@@ -101,17 +194,24 @@ class Checkpoints:
     def restore_data(self, step: int, data: grain.DatasetIterator) -> None:
         """Moves ``data`` to where it stood at ``step``.
 
+        Args:
+          step: One of `steps`.
+          data: An iterator over training batches.
+
         Raises:
-          RunFolderError: If the checkpoint is damaged.
+          DamagedCheckpointError: If the checkpoint is damaged.
+          RunFolderError: If it cannot be read.
         """
-        with self._explained(step):
+        folder = self._directory / str(step)
+        check_files(folder)
+        with self._explained(folder):
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
             )
             data.set_state(restored["data"])
 
     @contextlib.contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
+    def _explained(self, folder: Path) -> Iterator[None]:
         try:
             yield
         except RunFolderError:
@@ -119,33 +219,54 @@ class Checkpoints:
         except (KeyError, OSError, TypeError, ValueError) as error:
             # Orbax and its storage raise each of these, with pages of text.
             reason = str(error).partition("\n")[0][:100]
-            folder = self._directory / str(step)
             raise RunFolderError(
-                f"the checkpoint {folder} is damaged ({reason}); restore it from a "
-                "copy, or delete it to use the one before"
+                f"the checkpoint {folder} cannot be restored ({reason}), though its "
+                "files are as they were written; use the versions of the packages "
+                f"that are named in {folder / 'run' / 'metadata'}"
             ) from error
 
-    def _check_files(self, step: int) -> None:
-        # Storage threads report missing files on stderr themselves.
-        for manifest in (self._directory / str(step)).glob("state/**/manifest.ocdbt"):
-            if not any((manifest.parent / "d").iterdir()):
-                raise ValueError("its arrays are missing")
-
-    def _check_fits(self, step: int, saved: Any, wanted: Any) -> None:
-        there, here = _shapes(saved), _shapes(wanted)
-        different = [
-            path for path in {**here, **there} if here.get(path) != there.get(path)
-        ]
-        if different:
-            # Parameters tell more than what optimizers keep for each of them.
-            path = min(different, key=lambda path: not path.startswith("params/"))
-            old, new = (shapes.get(path, "absent") for shapes in (there, here))
+    def _check_fits(self, step: int, folder: Path, wanted: Any) -> None:
+        """Checks tasks and shapes; other differences explain, and do no harm."""
+        found = self._manager.restore(
+            step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
+        )["run"]
+        if found["step"] != step:
             raise RunFolderError(
-                f"the checkpoint {self._directory / str(step)} does not fit the "
-                f"config: {path} is {old} in the checkpoint and {new} in the config, "
-                f"and {len(different) - 1} more differ; use the config that it was "
-                "trained with, or start a run of its own from it by initialize"
+                f"the checkpoint {folder} is that of step {found['step']}; give the "
+                "folder its name again"
             )
+        saved = self._manager.item_metadata(step)["state"]
+        tasks = task_differences(found, self._description)
+        shapes = shape_differences(saved, wanted)
+        if not tasks and not shapes:
+            return
+        config = config_differences(found, self._description)
+        around = f" ({shortened(config, 3)})" if config else ""
+        what = shortened([*tasks, *shapes], MOST - min(len(config), 3))
+        raise RunFolderError(
+            f"the checkpoint {folder} does not fit the config{around}: {what}; use "
+            "the config that it was trained with, or start a run of its own from it by "
+            "initialize"
+        )
+
+    def _pass_over(self, damaged: list[DamagedCheckpointError], used: int) -> None:
+        """Names damaged checkpoints, and sets them aside."""
+        for error in damaged:
+            done = "passed over"
+            if not self._read_only:
+                aside = _free_name(error.folder)
+                done = f"its new name is {aside.name}"
+                if is_main():
+                    os.rename(error.folder, aside)
+            if is_main():
+                print(
+                    f"mtl-jax: warning: the checkpoint {error.folder} is damaged "
+                    f"({error.reason}); {done}, and that of step {used} is used",
+                    file=sys.stderr,
+                )
+        if damaged and not self._read_only:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits for pending saves."""
@@ -153,18 +274,44 @@ class Checkpoints:
         self._manager.close()
 
 
+def _check_together(folder: Path) -> None:
+    """Checks a checkpoint whole, each process a part of its large files.
+
+    Raises:
+      DamagedCheckpointError: In all processes, if one finds damage.
+      RunFolderError: In all processes, if one cannot read it.
+    """
+    fault: RunFolderError | None = None
+    try:
+        large = sorted(check_files(folder).items())
+        share = large[jax.process_index() :: jax.process_count()]
+        check_contents(folder, dict(share))
+    except RunFolderError as error:
+        fault = error
+    damaged = isinstance(fault, DamagedCheckpointError)
+    text = "" if fault is None else fault.reason if damaged else str(fault)
+    words = np.zeros(1024, np.uint8)
+    encoded = np.frombuffer(text.encode()[: words.size - 1], np.uint8)
+    words[0], words[1 : 1 + encoded.size] = damaged, encoded
+    for row in multihost_utils.process_allgather(words):
+        reason = bytes(row[1:]).rstrip(b"\0").decode(errors="replace")
+        if row[0]:
+            raise DamagedCheckpointError(folder, reason)
+        if reason:
+            raise RunFolderError(reason)
+
+
+def _free_name(folder: Path) -> Path:
+    """The first name for what is set aside that is not taken."""
+    name, number = folder.with_name(f"{folder.name}.damaged"), 1
+    while name.exists():
+        number += 1
+        name = folder.with_name(f"{folder.name}.damaged.{number}")
+    return name
+
+
 def _as_pytree(state: TrainState) -> dict:
     """The state as the containers that Orbax names in its files."""
     return {
         field.name: getattr(state, field.name) for field in dataclasses.fields(state)
     }
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    """Type and shape of every array by its path; saved keys are arrays of integers."""
-    shapes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        shapes[path_name(path)] = f"{jnp.dtype(leaf.dtype)} {tuple(leaf.shape)}"
-    return shapes

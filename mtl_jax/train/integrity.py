@@ -1,0 +1,227 @@
+"""Whether a checkpoint holds what was written: sizes and SHA-256 of all its files."""
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from orbax.checkpoint import path as orbax_path
+
+from mtl_jax.train.run_folder import RunFolderError
+
+FORMAT = 1
+"""Number of the format of checkpoints; a higher one cannot be read."""
+
+MANIFEST = "manifest.json"
+"""Name of the file, inside a checkpoint, that lists the others."""
+
+SMALL = 2**20
+"""Bytes up to which a file is read at once; those with the arrays are larger."""
+
+THREADS = min(8, os.cpu_count() or 1)
+
+
+class DamagedCheckpointError(RunFolderError):
+    """A checkpoint does not hold what was written.
+
+    Args:
+      folder: The checkpoint.
+      reason: Which file, and what is wrong with it.
+    """
+
+    def __init__(self, folder: Path, reason: str):
+        self.folder, self.reason = folder, reason
+        super().__init__(
+            f"the checkpoint {folder} is damaged ({reason}); restore it from a copy, "
+            "or leave out --step to use the newest that is whole"
+        )
+
+
+class Entry(NamedTuple):
+    """What is known of a file.
+
+    Attributes:
+      size: In bytes.
+      sha256: Of its content, in hexadecimal digits.
+    """
+
+    size: int
+    sha256: str
+
+
+class CheckedTemporaryPath(orbax_path.atomicity.AtomicRenameTemporaryPath):
+    """Where Orbax writes a checkpoint, with a manifest before it gets its name.
+
+    The folder of a checkpoint has its final name only once it is complete, and the
+    manifest is in it then. Of several processes, the first one finishes.
+    """
+
+    async def finalize(self) -> None:
+        """Writes the manifest and renames the folder."""
+        suffix = orbax_path.atomicity.TMP_DIR_SUFFIX
+        if suffix in self._final_path.parent.name:
+            # One item of a checkpoint, whose files are listed with all others.
+            await super().finalize()
+            return
+        # Orbax writes its last files as it renames. This name also is one of those
+        # that it deletes if the process is killed here.
+        complete = self._final_path.with_name(f"{self._final_path.name}{suffix}.whole")
+        await orbax_path.atomicity.AtomicRenameTemporaryPath(
+            self.get(),
+            complete,
+            checkpoint_metadata_store=self._checkpoint_metadata_store,
+        ).finalize()
+        await asyncio.to_thread(write_manifest, Path(complete))
+        await asyncio.to_thread(os.rename, complete, self._final_path)
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes down size and SHA-256 of every file in a checkpoint."""
+    names = _files(folder)
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = pool.map(lambda name: _sha256(folder / name), names)
+        entries = [
+            Entry((folder / name).stat().st_size, digest)
+            for name, digest in zip(names, hashes, strict=True)
+        ]
+    files = {name: entry._asdict() for name, entry in zip(names, entries, strict=True)}
+    document = {"format": FORMAT, "files": files}
+    (folder / MANIFEST).write_bytes(_serialized(document))
+
+
+def check_files(folder: Path) -> dict[str, Entry]:
+    """Checks a checkpoint but for the content of its large files.
+
+    Names that begin with a dot, which desktops and network file systems leave behind,
+    are passed over: no file of a checkpoint has such a name.
+
+    Args:
+      folder: The checkpoint.
+
+    Returns:
+      The large files, whose content is for `check_contents`.
+
+    Raises:
+      DamagedCheckpointError: If a file is missing, additional, of another size or
+        content, or the manifest is.
+      RunFolderError: If the checkpoint is of a later format, or cannot be read.
+    """
+    entries = _read_manifest(folder)
+    try:
+        sizes = {name: (folder / name).stat().st_size for name in _files(folder)}
+    except OSError as error:
+        name = Path(error.filename or folder).name
+        raise _unreadable(folder, name, error) from error
+    missing = sorted(set(entries) - set(sizes))
+    if missing:
+        raise DamagedCheckpointError(folder, f"{missing[0]} is missing")
+    added = sorted(set(sizes) - set(entries))
+    if added:
+        raise DamagedCheckpointError(
+            folder, f"{added[0]} was not there when it was written"
+        )
+    for name, entry in entries.items():
+        if sizes[name] != entry.size:
+            raise DamagedCheckpointError(
+                folder, f"{name} has {sizes[name]} bytes, not {entry.size}"
+            )
+    large = {name: entry for name, entry in entries.items() if entry.size > SMALL}
+    check_contents(
+        folder, {name: entry for name, entry in entries.items() if name not in large}
+    )
+    return large
+
+
+def check_contents(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Checks the content of files.
+
+    Args:
+      folder: The checkpoint.
+      entries: Those of its files to check.
+
+    Raises:
+      DamagedCheckpointError: If one has another content.
+      RunFolderError: If one cannot be read.
+    """
+    names = sorted(entries)
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = pool.map(lambda name: _sha256_of(folder, name), names)
+        for name, digest in zip(names, hashes, strict=True):
+            if digest != entries[name].sha256:
+                raise DamagedCheckpointError(folder, f"{name} has another content")
+
+
+def _read_manifest(folder: Path) -> dict[str, Entry]:
+    try:
+        written = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise _unreadable(folder, MANIFEST, error) from error
+    try:
+        document = json.loads(written)
+        del document["sha256"]
+        if _serialized(document) != written:
+            raise ValueError
+        if document["format"] > FORMAT:
+            raise RunFolderError(
+                f"the checkpoint {folder} has format {document['format']}, and this "
+                f"release of mtl_jax reads those up to {FORMAT}; use the release that "
+                "wrote it, or a later one"
+            )
+        return {name: Entry(**entry) for name, entry in document["files"].items()}
+    except RunFolderError:
+        raise
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(
+            folder, f"{MANIFEST} has another content"
+        ) from error
+
+
+def _serialized(document: Mapping) -> bytes:
+    """The document with the SHA-256 of itself, so that any change of it shows."""
+    text = json.dumps(document, indent=1, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    whole = json.dumps({**document, "sha256": digest}, indent=1, sort_keys=True)
+    return f"{whole}\n".encode()
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all files but the manifest, relative to the folder and in order."""
+    return sorted(_walk(folder, folder))
+
+
+def _walk(folder: Path, root: Path) -> Iterable[str]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path, root)
+        elif path.is_file() and path != root / MANIFEST:
+            yield path.relative_to(root).as_posix()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(folder: Path, name: str) -> str:
+    try:
+        return _sha256(folder / name)
+    except OSError as error:
+        raise _unreadable(folder, name, error) from error
+
+
+def _unreadable(folder: Path, name: str, error: OSError) -> RunFolderError:
+    """Damage where the disk says so; else the checkpoint may well be whole."""
+    if isinstance(error, FileNotFoundError):
+        return DamagedCheckpointError(folder, f"{name} is missing")
+    if error.errno == errno.EIO:
+        return DamagedCheckpointError(folder, f"{name} cannot be read from the disk")
+    return RunFolderError(
+        f"{folder / name} cannot be read: {error.strerror}; make it readable"
+    )
