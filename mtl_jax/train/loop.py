@@ -12,6 +12,7 @@ from rich.console import Console
 from mtl_jax.data.mixture import training_batches
 from mtl_jax.sharding.distributed import is_main, preempted
 from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.description import describe
 from mtl_jax.train.evaluate import make_evaluate
 from mtl_jax.train.experiment import Experiment
 from mtl_jax.train.observer import Observer
@@ -77,7 +78,8 @@ def _train(
 ) -> dict:
     started = time.monotonic()
     experiment = program.experiment
-    checkpoints = Checkpoints(folder.path / CHECKPOINTS)
+    description = describe(program, folder.read_json("config.json"))
+    checkpoints = Checkpoints(folder.path / CHECKPOINTS, description)
     try:
         state, batches, timings = _start_or_continue(
             program, checkpoints, folder, started
@@ -142,7 +144,8 @@ def restore_run(program: Program, folder: RunFolder, step: int | None) -> TrainS
     Args:
       program: The run's program.
       folder: The run's folder.
-      step: Which checkpoint; the newest by default.
+      step: Which checkpoint; by default the newest that is whole, and those that are
+        damaged are named on stderr.
 
     Raises:
       RunFolderError: If there is no such checkpoint, or it is damaged or of another
@@ -151,15 +154,19 @@ def restore_run(program: Program, folder: RunFolder, step: int | None) -> TrainS
     directory = folder.path / CHECKPOINTS
     if not directory.is_dir():
         raise RunFolderError(f"{folder.path} has no checkpoints yet; train it first")
-    checkpoints = Checkpoints(directory, read_only=True)
+    description = describe(program, folder.read_json("config.json"))
+    checkpoints = Checkpoints(directory, description, read_only=True)
     try:
-        steps = checkpoints.steps
-        chosen = (steps[-1] if steps else None) if step is None else step
-        if chosen is None or chosen not in steps:
+        if step is None:
+            newest = checkpoints.restore_newest(program.fresh_state)
+            if newest is None:
+                raise RunFolderError(f"{directory} is empty; train the run first")
+            return newest[1]
+        if step not in checkpoints.steps:
             raise RunFolderError(
-                f"{directory} has no checkpoint {step}; it has {steps}"
+                f"{directory} has no checkpoint {step}; it has {checkpoints.steps}"
             )
-        return checkpoints.restore_state(chosen, program.fresh_state())
+        return checkpoints.restore_state(step, program.fresh_state())
     finally:
         checkpoints.close()
 
@@ -175,13 +182,12 @@ def _start_or_continue(
         program.share_multiple,
         rows=program.local_rows,
     )
-    latest = checkpoints.latest_step
+    latest, state = checkpoints.restore_newest(program.fresh_state) or (None, None)
     folder.truncate(METRICS, latest or 0)
     lines = folder.truncate(TIMINGS, latest or 0)
     timings = Timings(lines, experiment.mixture.batch_size, started)
-    if latest is None:
+    if latest is None or state is None:
         return program.init_state(), batches, timings
-    state = checkpoints.restore_state(latest, program.fresh_state())
     checkpoints.restore_data(latest, batches)
     return state, batches, timings
 
