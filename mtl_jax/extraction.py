@@ -25,6 +25,7 @@ from mtl_jax.models.experts import (
 from mtl_jax.models.multitask import MultitaskModel, repeat
 from mtl_jax.models.vit import VisionTransformer, layers_of_blocks
 from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.description import describe
 from mtl_jax.train.evaluate import make_evaluate
 from mtl_jax.train.flops import count_flops
 from mtl_jax.train.loop import CHECKPOINTS
@@ -110,7 +111,7 @@ def extract_run(
     new.write_json(
         "config.json", configuration.to_document(new_config, document["config"])
     )
-    _save(new_program, new_state, output)
+    _save(new_program, new_state, new)
     new.write_json("extraction.json", report)
     return report
 
@@ -305,7 +306,7 @@ def _state_of(program: Program, small: Extracted, old: TrainState) -> TrainState
     return dataclasses.replace(state, step=old.step, collections=collections)
 
 
-def _save(program: Program, state: TrainState, output: Path) -> None:
+def _save(program: Program, state: TrainState, folder: train.RunFolder) -> None:
     experiment = program.experiment
     batches = training_batches(
         experiment.mixture,
@@ -314,7 +315,8 @@ def _save(program: Program, state: TrainState, output: Path) -> None:
         program.share_multiple,
         rows=program.local_rows,
     )
-    checkpoints = Checkpoints(output / CHECKPOINTS)
+    description = describe(program, folder.read_json("config.json"))
+    checkpoints = Checkpoints(folder.path / CHECKPOINTS, description)
     try:
         checkpoints.save(int(state.step), state, batches)
     finally:
