@@ -1,6 +1,8 @@
 """``mtl-jax train``: train a config, or continue its run."""
 
 import argparse
+import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,18 @@ from mtl_jax.cli.errors import user_errors
 from mtl_jax.cli.options import add_config_options, add_processes, load
 from mtl_jax.report import format_table, results_table, write_report
 
-INTERRUPTED = 130
-PREEMPTED = 143
-
 
 def add(commands: Any) -> None:
     """Adds the commands of this module to the parser's."""
     train = commands.add_parser("train", help="train a config, or continue its run")
     add_config_options(train)
     train.add_argument("--workdir", type=Path, help="run folder (runs/CONFIG)")
+    train.add_argument(
+        "--fallback-dir",
+        type=Path,
+        metavar="DIR",
+        help="where to save the run if its folder cannot be written any more",
+    )
     add_processes(train)
     train.set_defaults(command=_train)
 
@@ -45,33 +50,42 @@ def _train(options: argparse.Namespace) -> None:
         # Made only now: a mistake leaves no folder behind.
         folder = train.RunFolder(workdir, writes=distributed.is_main())
         saved = folder.read_json("config.json")
+        remeshed: list[str] = []
         if saved is not None:
-            changed = configuration.differences(saved, document)
-            if changed:
-                more = f"; and {len(changed) - 10} more" if len(changed) > 10 else ""
-                raise ValueError(
-                    f"{workdir} holds a run of another config; choose another "
-                    "--workdir, or undo these differences: "
-                    f"{'; '.join(changed[:10])}{more}"
-                )
+            remeshed = _check_unchanged(
+                configuration.differences(saved, document), workdir
+            )
         result = folder.read_json("result.json")
         distributed.check_same([document, saved, result])
         distributed.check_shared(workdir)
+        fallback = None
+        if options.fallback_dir is not None and result is None:
+            if distributed.is_main():
+                train.check_fallback(options.fallback_dir, workdir)
+            fallback = train.Fallback(options.fallback_dir, document)
     if result is None:
+        stopped_by = 0
+        # Orbax logs at length what it raises as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         with (
             distributed.leaving_at_once(),
             user_errors((train.RunFolderError, OSError)),
+            train.StopSignals() as signals,
         ):
+            if remeshed and distributed.is_main():
+                print(f"continues on another mesh: {'; '.join(remeshed)}")
             folder.write_json("config.json", document)
             try:
-                result = train.train(program, folder, name)
-            except KeyboardInterrupt:
-                print("\nstopped; the same command continues from the last checkpoint")
-                sys.exit(INTERRUPTED)
-            except train.PreemptedError:
-                print("\npre-empted, and saved; the same command continues")
+                result = train.train(
+                    program, folder, name, signals=signals, fallback=fallback
+                )
+            except train.StoppedError as error:
+                stopped_by = error.number
         if result is None:
-            sys.exit(PREEMPTED)
+            name = signal.Signals(stopped_by).name
+            print(f"\nstopped by {name}, and saved; the same command continues")
+            # Only here: several processes end together.
+            sys.exit(train.STATUS + stopped_by)
     elif distributed.is_main():
         print(f"{workdir} holds a finished run; nothing to train.")
     if not distributed.is_main():
@@ -81,6 +95,27 @@ def _train(options: argparse.Namespace) -> None:
     print()
     print(format_table(results_table(result)))
     print(f"\nreport: {page}")
+
+
+def _check_unchanged(changed: list[str], workdir: Path) -> list[str]:
+    """Refuses to continue a run of another config.
+
+    Args:
+      changed: Lines of `configuration.differences`.
+      workdir: The run's folder.
+
+    Returns:
+      Those that do not matter, as they are of the mesh.
+    """
+    mesh = [line for line in changed if line.startswith("mesh.")]
+    others = [line for line in changed if line not in mesh]
+    if others:
+        more = f"; and {len(others) - 10} more" if len(others) > 10 else ""
+        raise ValueError(
+            f"{workdir} holds a run of another config; choose another --workdir, or "
+            f"undo these differences: {'; '.join(others[:10])}{more}"
+        )
+    return mesh
 
 
 def _check_platform() -> None:

@@ -3,21 +3,27 @@
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.export import export_task, write_export
 from mtl_jax.train.initialize import check_initialize
-from mtl_jax.train.loop import PreemptedError, evaluate_run, restore_run, train
+from mtl_jax.train.loop import evaluate_run, restore_run, train
 from mtl_jax.train.optimizer import adamw, sgd
 from mtl_jax.train.program import Program, build_program
+from mtl_jax.train.rescue import Fallback, check_fallback
 from mtl_jax.train.run_folder import RunFolder, RunFolderError
+from mtl_jax.train.stopping import STATUS, StoppedError, StopSignals
 from mtl_jax.train.validation import validate
 
 __all__ = [
+    "STATUS",
     "Experiment",
+    "Fallback",
     "MeshShape",
-    "PreemptedError",
     "Program",
     "RunFolder",
     "RunFolderError",
+    "StopSignals",
+    "StoppedError",
     "adamw",
     "build_program",
+    "check_fallback",
     "check_initialize",
     "evaluate_run",
     "export_task",

@@ -15,7 +15,11 @@ from mtl_jax.tasks.metrics import element_mask
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.program import Program
 
-Evaluate = Callable[[Mapping, int | None], dict[str, dict[str, Any]]]
+Evaluate = Callable[..., dict[str, dict[str, Any]]]
+
+
+class CutShortError(Exception):
+    """An evaluation was given up before its end."""
 
 
 def make_predict(objective: Objective, source: str) -> Callable:
@@ -48,8 +52,9 @@ def make_evaluate(program: Program) -> Evaluate:
       program: What is trained, and on which devices.
 
     Returns:
-      A function of the parameters and the number of test records of each source to
-      use (None for all) to ``{task: {"loss": value, metric: value, ...,
+      A function of the parameters, the number of test records of each source to use
+      (None for all) and, optionally, what to ask between batches whether to raise
+      `CutShortError`; to ``{task: {"loss": value, metric: value, ...,
       "constant_predictor": {metric: value}}}``, the same in all processes.
     """
     objective, experiment = program.objective, program.experiment
@@ -81,7 +86,11 @@ def make_evaluate(program: Program) -> Evaluate:
         for source in objective.labels
     }
 
-    def evaluate(params: Mapping, num_examples: int | None = None):
+    def evaluate(
+        params: Mapping,
+        num_examples: int | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ):
         totals: dict[str, Any] = {}
         for source, function in compiled.items():
             component = experiment.mixture.components[source]
@@ -93,6 +102,8 @@ def make_evaluate(program: Program) -> Evaluate:
                 num_examples,
                 program.local_rows,
             ):
+                if interrupted():
+                    raise CutShortError
                 with program.scope():
                     sums = function(params, program.place(examples))
                 parts = jax.device_get(sums)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -10,29 +10,29 @@ import jax
 from rich.console import Console
 
 from mtl_jax.data.mixture import training_batches
-from mtl_jax.sharding.distributed import is_main, preempted
+from mtl_jax.sharding.distributed import is_main
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.description import describe
-from mtl_jax.train.evaluate import make_evaluate
+from mtl_jax.train.evaluate import CutShortError, make_evaluate
 from mtl_jax.train.experiment import Experiment
 from mtl_jax.train.observer import Observer
 from mtl_jax.train.program import Program
 from mtl_jax.train.progress import ProgressDisplay
+from mtl_jax.train.rescue import Fallback, Unwritten, rescue, storage_fault
 from mtl_jax.train.result import describe_run, task_results
 from mtl_jax.train.run_folder import RunFolder, RunFolderError, to_json
 from mtl_jax.train.samples import write_samples
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Metrics
+from mtl_jax.train.stopping import StoppedError, StopSignals
 from mtl_jax.train.timings import Timings
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
-
-
-class PreemptedError(Exception):
-    """A run was saved and stopped, as its cluster takes a machine away."""
+UNEVALUATED = "unevaluated.json"
+"""What is known of a step whose evaluation a signal cut short."""
 
 
 def train(
@@ -40,6 +40,9 @@ def train(
     folder: RunFolder,
     config_name: str,
     observers: Sequence[Observer] = (),
+    *,
+    signals: StopSignals | None = None,
+    fallback: Fallback | None = None,
 ) -> dict:
     """Runs a program to its end, from the newest checkpoint in its folder if any.
 
@@ -54,20 +57,29 @@ def train(
       folder: The run's folder.
       config_name: What the result calls the config.
       observers: Who follows the run besides the display in the terminal.
+      signals: Lets SIGTERM and SIGINT save the run and stop it; without, they do what
+        they do in Python.
+      fallback: Where to save the run if its folder cannot be written any more.
 
     Returns:
       The content of ``result.json``.
 
     Raises:
-      RunFolderError: If the folder's logs or checkpoints are damaged, or the checkpoint
-        is of another config.
-      PreemptedError: If a process of several was told by SIGTERM that its machine is
-        taken away; the run is saved as it was then.
+      RunFolderError: If the folder's logs or checkpoints are damaged, the checkpoint
+        is of another config, or the folder cannot be written any more.
+      StoppedError: If a signal stopped it; the run is saved as it was then.
     """
     with contextlib.ExitStack() as stack:
         for observer in observers:
             stack.enter_context(observer)
-        return _train(program, folder, config_name, observers)
+        return _train(
+            program,
+            folder,
+            config_name,
+            observers,
+            signals or StopSignals(),
+            fallback,
+        )
 
 
 def _train(
@@ -75,13 +87,15 @@ def _train(
     folder: RunFolder,
     config_name: str,
     observers: Sequence[Observer],
+    signals: StopSignals,
+    fallback: Fallback | None,
 ) -> dict:
     started = time.monotonic()
     experiment = program.experiment
     description = describe(program, folder.read_json("config.json"))
     checkpoints = Checkpoints(folder.path / CHECKPOINTS, description)
     try:
-        state, batches, timings = _start_or_continue(
+        state, batches, timings, unevaluated = _start_or_continue(
             program, checkpoints, folder, started
         )
         evaluate = make_evaluate(program)
@@ -95,16 +109,27 @@ def _train(
         first_step = int(state.step)
         headlines = {task.name: task.metrics[0].name for task in experiment.tasks}
         display = ProgressDisplay(headlines, experiment.num_steps, first_step, console)
-        with display:
-            watching = (display, *observers)
-            loop = _Loop(
-                program, step, evaluate, checkpoints, folder, watching, timings
-            )
-            state = loop.run(state, batches)
+        loop = _Loop(
+            program,
+            step,
+            evaluate,
+            checkpoints,
+            folder,
+            (display, *observers),
+            timings,
+            signals,
+            fallback,
+        )
+        with signals.held(), display:
+            state = loop.run(state, batches, unevaluated)
+    except BaseException:
+        # What went wrong first is what matters.
+        with contextlib.suppress(Exception):
+            checkpoints.close()
+        raise
+    with _explained(folder):
         scores = loop.final_scores or evaluate(state.variables, None)
         write_samples(folder.path / "samples.npz", program, state.variables)
-    finally:
-        checkpoints.close()
     cost = {
         "flops_per_step": flops,
         "compile_seconds": compile_seconds,
@@ -112,8 +137,22 @@ def _train(
         "wall_time_seconds": timings.wall_time_seconds,
     }
     result = to_json(describe_run(program, config_name, scores, cost))
-    folder.write_json(RESULT, result)
+    with _explained(folder):
+        folder.write_json(RESULT, result)
     return result
+
+
+@contextlib.contextmanager
+def _explained(folder: RunFolder) -> Iterator[None]:
+    """Says why the results of a run that is trained cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write to the run folder {folder.path} any more: {error.strerror}; "
+            "training is finished and saved: the same command writes its results once "
+            "that is mended"
+        ) from error
 
 
 def evaluate_run(
@@ -173,7 +212,7 @@ def restore_run(program: Program, folder: RunFolder, step: int | None) -> TrainS
 
 def _start_or_continue(
     program: Program, checkpoints: Checkpoints, folder: RunFolder, started: float
-) -> tuple[TrainState, grain.DatasetIterator, Timings]:
+) -> tuple[TrainState, grain.DatasetIterator, Timings, Mapping[str, Any] | None]:
     experiment = program.experiment
     batches = training_batches(
         experiment.mixture,
@@ -183,34 +222,67 @@ def _start_or_continue(
         rows=program.local_rows,
     )
     latest, state = checkpoints.restore_newest(program.fresh_state) or (None, None)
-    folder.truncate(METRICS, latest or 0)
+    logged = folder.truncate(METRICS, latest or 0)
     lines = folder.truncate(TIMINGS, latest or 0)
+    unevaluated = folder.read_json(UNEVALUATED)
+    if unevaluated is not None:
+        known = logged and logged[-1]["step"] == latest
+        if known or unevaluated["step"] != latest:
+            unevaluated = None
+        else:
+            lines.append(unevaluated["timing"])
     timings = Timings(lines, experiment.mixture.batch_size, started)
     if latest is None or state is None:
-        return program.init_state(), batches, timings
+        return program.init_state(), batches, timings, None
     checkpoints.restore_data(latest, batches)
-    return state, batches, timings
+    return state, batches, timings, unevaluated
 
 
 class _Loop:
     """The loop proper: step, log, evaluate, save."""
 
     def __init__(
-        self, program, step, evaluate, checkpoints, folder, observers, timings
+        self,
+        program,
+        step,
+        evaluate,
+        checkpoints,
+        folder,
+        observers,
+        timings,
+        signals,
+        fallback,
     ):
         self._experiment: Experiment = program.experiment
         self._program, self._step, self._evaluate = program, step, evaluate
         self._checkpoints, self._folder = checkpoints, folder
         self._observers: Sequence[Observer] = observers
         self._timings: Timings = timings
+        self._signals: StopSignals = signals
+        self._fallback: Fallback | None = fallback
+        self._fault: str | None = None
+        self._unwritten = Unwritten([], {})
         self.final_scores: dict[str, Any] | None = None
 
-    def run(self, state: TrainState, batches: grain.DatasetIterator) -> TrainState:
-        """Trains to the last step."""
+    def run(
+        self,
+        state: TrainState,
+        batches: grain.DatasetIterator,
+        unevaluated: Mapping[str, Any] | None,
+    ) -> TrainState:
+        """Trains to the last step, and waits until all is saved."""
         experiment = self._experiment
+        done = int(state.step)
+        if unevaluated is not None:
+            self._evaluate_and_log(done, state, unevaluated["metrics"], True)
+            if self._signals.interrupted() or self._fault is not None:
+                self._finish(done, state, batches)
+                return state
+            if is_main():
+                (self._folder.path / UNEVALUATED).unlink(missing_ok=True)
         unlogged: tuple[int, Metrics] | None = None
         self._timings.start()
-        for step in range(int(state.step) + 1, experiment.num_steps + 1):
+        for step in range(done + 1, experiment.num_steps + 1):
             for observer in self._observers:
                 observer.begin(step)
             with self._timings.waiting():
@@ -229,33 +301,49 @@ class _Loop:
             if evaluate or save:
                 jax.block_until_ready(state)
                 self._timings.stop(step)
-                if evaluate:
-                    self._enter(step, "evaluating")
-                scores = self._scores(state, last) if evaluate else {}
-                self._log(step, jax.device_get(metrics), scores)
+                self._evaluate_and_log(step, state, jax.device_get(metrics), evaluate)
                 if save:
-                    self._enter(step, "saving")
-                    self._checkpoints.save(step, state, batches)
+                    self._save(step, state, batches)
                 self._timings.start()
             elif step % experiment.log_every == 0:
                 unlogged = step, metrics
-            if preempted(step) and not last:
+            stopped = self._signals.stops_after(step)
+            if (stopped is not None or self._fault is not None) and not last:
                 if unlogged is not None:
                     self._timings.stop(step)
                     self._log(step, jax.device_get(metrics))
                 if not save:
-                    self._checkpoints.save(step, state, batches)
-                raise PreemptedError
+                    self._save(step, state, batches)
+                self._finish(step, state, batches)
+                assert stopped is not None
+                raise StoppedError(stopped)
+        self._finish(experiment.num_steps, state, batches)
         return state
 
     def _enter(self, step: int, phase: str) -> None:
         for observer in self._observers:
             observer.phase(step, phase)
 
-    def _scores(self, state: TrainState, last: bool) -> dict[str, float]:
+    def _evaluate_and_log(
+        self, step: int, state: TrainState, metrics: Mapping, evaluate: bool
+    ) -> None:
+        try:
+            scores = self._scores(step, state) if evaluate else {}
+        except CutShortError:
+            timing = self._timings.line()
+            document = {"step": step, "metrics": to_json(metrics), "timing": timing}
+            self._unwritten.documents[UNEVALUATED] = document
+            with self._noting_faults():
+                self._folder.write_json(UNEVALUATED, document)
+        else:
+            self._log(step, metrics, scores)
+
+    def _scores(self, step: int, state: TrainState) -> dict[str, float]:
         """Flat test metrics; at the last step of all test records."""
+        self._enter(step, "evaluating")
+        last = step == self._experiment.num_steps
         number = None if last else self._experiment.evaluation_examples
-        scores = self._evaluate(state.variables, number)
+        scores = self._evaluate(state.variables, number, self._signals.interrupted)
         if last:
             self.final_scores = scores
         return {
@@ -269,7 +357,49 @@ class _Loop:
         self, step: int, metrics: Mapping, scores: Mapping[str, float] | None = None
     ) -> None:
         line, timing = to_json(metrics) | dict(scores or {}), self._timings.line()
-        self._folder.append(METRICS, {"step": step, **line})
-        self._folder.append(TIMINGS, timing)
+        for name, content in ((METRICS, {"step": step, **line}), (TIMINGS, timing)):
+            self._unwritten.lines.append((name, content))
+            with self._noting_faults():
+                self._folder.append(name, content)
+        if self._fault is None:
+            self._unwritten.lines.clear()
         for observer in self._observers:
             observer.update(step, line, timing, evaluated=bool(scores))
+
+    def _save(
+        self, step: int, state: TrainState, batches: grain.DatasetIterator
+    ) -> None:
+        if self._fault is not None:
+            return
+        self._enter(step, "saving")
+        with self._noting_faults():
+            self._checkpoints.save(step, state, batches)
+
+    def _finish(
+        self, step: int, state: TrainState, batches: grain.DatasetIterator
+    ) -> None:
+        """Waits until all is saved, in the run's folder or elsewhere."""
+        if self._fault is None:
+            with self._noting_faults():
+                self._checkpoints.close()
+        if self._fault is not None:
+            raise rescue(
+                self._fault,
+                self._folder,
+                self._unwritten,
+                self._fallback,
+                step,
+                state,
+                batches,
+            )
+
+    @contextlib.contextmanager
+    def _noting_faults(self) -> Iterator[None]:
+        """Puts off what becomes of storage that fails until the step is done."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            fault = storage_fault(error)
+            if fault is None:
+                raise
+            self._fault = self._fault or fault

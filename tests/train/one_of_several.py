@@ -21,8 +21,9 @@ from mtl_jax.data import Component, Mixture
 from mtl_jax.sharding import distributed
 from mtl_jax.train import (
     MeshShape,
-    PreemptedError,
     RunFolder,
+    StoppedError,
+    StopSignals,
     build_program,
     loop,
     train,
@@ -72,9 +73,10 @@ def main(coordinator, num_processes, process_id, *folders):
                 arrange(*event.split(":"))
             folder = RunFolder(Path(path), writes=distributed.is_main())
             try:
-                train(program, folder, "small")
-            except PreemptedError:
-                print(f"pre-empted in {path}")
+                with StopSignals() as signals:
+                    train(program, folder, "small", signals=signals)
+            except StoppedError as error:
+                print(f"{error} in {path}")
 
 
 def agree(folder):

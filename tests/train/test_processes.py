@@ -70,7 +70,7 @@ def runs(tmp_path_factory):
     assert [line["step"] for line in metrics(killed)] == [1, 2, 3]
     statuses, outputs = run_both(killed, f"{preempted}:preempt:1")
     assert statuses == [0, 0], outputs
-    assert all("pre-empted in" in output for output in outputs)
+    assert all("stopped by SIGTERM in" in output for output in outputs)
     return whole, killed, preempted
 
 

@@ -1,0 +1,178 @@
+"""What becomes of a run whose folder can no longer be written."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+
+from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.run_folder import RunFolder, RunFolderError
+from mtl_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """A second place for a run.
+
+    Attributes:
+      path: The folder, which holds no run.
+      document: Content of the run's ``config.json``.
+    """
+
+    path: Path
+    document: Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class Unwritten:
+    """What was to be written to a run's folder, and may not be there.
+
+    Attributes:
+      lines: Names of logs, and a line for each.
+      documents: Names of JSON files, and their contents.
+    """
+
+    lines: list[tuple[str, Mapping[str, Any]]]
+    documents: dict[str, Mapping[str, Any]]
+
+
+def check_fallback(path: Path, run: Path) -> None:
+    """Checks that a run can be saved in a folder if its own fails.
+
+    Args:
+      path: The folder; made if absent.
+      run: The run's own.
+
+    Raises:
+      RunFolderError: If it is in the run's own, is not empty, or cannot be written.
+    """
+    here, there = path.resolve(), run.resolve()
+    if here == there or there in here.parents:
+        raise RunFolderError(
+            f"--fallback-dir is {path}, which is in the run folder {run}; choose one "
+            "outside, best on another disk"
+        )
+    if (path / "config.json").exists():
+        raise RunFolderError(
+            f"--fallback-dir is {path}, which holds a run; continue that by --workdir "
+            f"{path}, or choose another"
+        )
+    try:
+        RunFolder(path)
+        empty = not any(path.iterdir())
+    except (OSError, RunFolderError) as error:
+        cause = error.__cause__ or error
+        raise RunFolderError(
+            f"--fallback-dir is {path}, which cannot be written "
+            f"({getattr(cause, 'strerror', cause)}); choose another"
+        ) from error
+    if not empty:
+        raise RunFolderError(
+            f"--fallback-dir is {path}, which is not empty; choose another, or empty it"
+        )
+
+
+def storage_fault(error: Exception) -> str | None:
+    """What the operating system says of storage that failed; None of other faults.
+
+    Args:
+      error: From writing files, also by Orbax, whose storage library has its own
+        exceptions.
+    """
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        found = re.search(r"\[os_error_code='(\d+)'", str(error))
+        number = int(found[1]) if found else None
+    return None if number is None else os.strerror(number)
+
+
+def rescue(
+    fault: str,
+    folder: RunFolder,
+    unwritten: Unwritten,
+    fallback: Fallback | None,
+    step: int,
+    state: TrainState,
+    data: grain.DatasetIterator,
+) -> RunFolderError:
+    """Saves a run elsewhere, if there is an elsewhere.
+
+    Args:
+      fault: Why its own folder does not do.
+      folder: Its own.
+      unwritten: What may not be there.
+      fallback: Where to save it.
+      step: Number of updates done.
+      state: The training state then.
+      data: The iterator over training batches, which stands there.
+
+    Returns:
+      What to tell the user.
+    """
+    failed = f"cannot write to the run folder {folder.path} any more: {fault}"
+    if fallback is None:
+        return RunFolderError(
+            f"{failed}; stopped at step {step}: the same command continues from the "
+            "last checkpoint once that is mended (with --fallback-dir DIR all would "
+            "have been saved there)"
+        )
+    try:
+        copy = RunFolder(fallback.path)
+        lost = _copy_logs(folder, copy, unwritten.lines, step)
+        for name, document in unwritten.documents.items():
+            copy.write_json(name, document)
+        checkpoints = Checkpoints(fallback.path / "checkpoints")
+        checkpoints.save(step, state, data)
+        checkpoints.close()
+        # Written last: its presence says that there is a run.
+        copy.write_json("config.json", fallback.document)
+    except (OSError, ValueError) as error:
+        also = storage_fault(error)
+        if also is None:
+            raise
+        return RunFolderError(
+            f"{failed}; nor could it be saved in {fallback.path}: {also}; the same "
+            "command continues from the last checkpoint once that is mended"
+        )
+    without = f", but for {' and '.join(lost)}, which could not be read" if lost else ""
+    return RunFolderError(
+        f"{failed}; all is saved at step {step} in {fallback.path}{without}; to "
+        f"continue, give the same command --workdir {fallback.path}, and no or another "
+        "--fallback-dir"
+    )
+
+
+def _copy_logs(
+    folder: RunFolder,
+    copy: RunFolder,
+    unwritten: Sequence[tuple[str, Mapping[str, Any]]],
+    step: int,
+) -> list[str]:
+    """Copies all logs up to a step; returns names of those that cannot be read."""
+    lost = []
+    try:
+        names = {path.name for path in folder.path.glob("*.jsonl")}
+    except OSError:
+        names = set()
+    for name in sorted(names | {name for name, _ in unwritten}):
+        try:
+            text = (folder.path / name).read_text()
+        except OSError as error:
+            # It may be that nothing had to be logged so far.
+            if not isinstance(error, FileNotFoundError) or not folder.path.is_dir():
+                lost.append(name)
+            text = ""
+        # The last may be half-written.
+        complete = [line for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+        (copy.path / name).write_text("".join(complete))
+        lines = copy.truncate(name, step)
+        last = lines[-1]["step"] if lines else 0
+        for log, line in unwritten:
+            if log == name and line["step"] > last:
+                copy.append(name, line)
+    return lost
