@@ -1,8 +1,9 @@
 """Training from the first step, or the last checkpoint, to the result."""
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -118,7 +119,7 @@ def _train(
             (display, *observers),
             timings,
             signals,
-            fallback,
+            functools.partial(rescue, folder, description, fallback),
         )
         with signals.held(), display:
             state = loop.run(state, batches, unevaluated)
@@ -251,7 +252,7 @@ class _Loop:
         observers,
         timings,
         signals,
-        fallback,
+        rescue,
     ):
         self._experiment: Experiment = program.experiment
         self._program, self._step, self._evaluate = program, step, evaluate
@@ -259,7 +260,7 @@ class _Loop:
         self._observers: Sequence[Observer] = observers
         self._timings: Timings = timings
         self._signals: StopSignals = signals
-        self._fallback: Fallback | None = fallback
+        self._rescue: Callable[..., RunFolderError] = rescue
         self._fault: str | None = None
         self._unwritten = Unwritten([], {})
         self.final_scores: dict[str, Any] | None = None
@@ -383,15 +384,7 @@ class _Loop:
             with self._noting_faults():
                 self._checkpoints.close()
         if self._fault is not None:
-            raise rescue(
-                self._fault,
-                self._folder,
-                self._unwritten,
-                self._fallback,
-                step,
-                state,
-                batches,
-            )
+            raise self._rescue(self._fault, self._unwritten, step, state, batches)
 
     @contextlib.contextmanager
     def _noting_faults(self) -> Iterator[None]:

@@ -92,10 +92,11 @@ def storage_fault(error: Exception) -> str | None:
 
 
 def rescue(
-    fault: str,
     folder: RunFolder,
-    unwritten: Unwritten,
+    description: Mapping[str, Any],
     fallback: Fallback | None,
+    fault: str,
+    unwritten: Unwritten,
     step: int,
     state: TrainState,
     data: grain.DatasetIterator,
@@ -103,10 +104,11 @@ def rescue(
     """Saves a run elsewhere, if there is an elsewhere.
 
     Args:
-      fault: Why its own folder does not do.
       folder: Its own.
-      unwritten: What may not be there.
+      description: What is kept in each of its checkpoints besides the state.
       fallback: Where to save it.
+      fault: Why its own folder does not do.
+      unwritten: What may not be there.
       step: Number of updates done.
       state: The training state then.
       data: The iterator over training batches, which stands there.
@@ -126,7 +128,7 @@ def rescue(
         lost = _copy_logs(folder, copy, unwritten.lines, step)
         for name, document in unwritten.documents.items():
             copy.write_json(name, document)
-        checkpoints = Checkpoints(fallback.path / "checkpoints")
+        checkpoints = Checkpoints(fallback.path / "checkpoints", description)
         checkpoints.save(step, state, data)
         checkpoints.close()
         # Written last: its presence says that there is a run.
