@@ -1,10 +1,12 @@
 """The device mesh: four named axes, built by us and never implied."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -65,7 +67,69 @@ def make_mesh(
             f"mesh sizes {described} do not divide {len(devices)} devices: their "
             f"product is {known}; choose sizes that multiply to {len(devices)}."
         )
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
+    shape = tuple(sizes.values())
+    grid = None
+    if sizes["expert"] > 1:
+        grid = _with_compact_experts(shape, devices)
+    if grid is None:
+        grid = mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _with_compact_experts(
+    shape: tuple[int, ...], devices: Sequence[Any]
+) -> np.ndarray | None:
+    """The devices of a TPU slice, those that share experts as close as can be.
+
+    Tokens travel between any two of them, and half of them through the middle of where
+    they lie: in a cube of 2 x 2 x 2 chips four links lead through it, along a side of 8
+    one or two. JAX prefers whole sides. Sizes of the other axes, whose collectives go
+    round in rings, take whole sides here too, of what is left.
+
+    Args:
+      shape: Sizes of the mesh axes.
+      devices: All devices.
+
+    Returns:
+      The devices in that shape; None where they are no box of chips with one device
+      each, or it cannot be divided so.
+    """
+    if any(getattr(device, "coords", None) is None for device in devices):
+        return None
+    places = np.array([device.coords for device in devices])
+    places -= places.min(axis=0)
+    sides = places.max(axis=0) + 1
+    if math.prod(sides) != len(devices) or len(np.unique(places, axis=0)) < len(places):
+        return None
+    slice_ = np.empty(sides, object)
+    slice_[tuple(places.T)] = devices
+    left = tuple(int(side) for side in sides)
+    blocks = []
+    for name, size in reversed([*zip(AXES, shape, strict=True)]):
+        choices = [
+            block
+            for block in itertools.product(*(_divisors(side) for side in left))
+            if math.prod(block) == size
+        ]
+        if not choices:
+            return None
+        # The longest side decides, then the next.
+        choices.sort(key=lambda block: sorted(block, reverse=True))
+        block = choices[0 if name in ("expert", "model") else -1]
+        blocks.append(block)
+        left = tuple(side // part for side, part in zip(left, block, strict=True))
+    blocks.reverse()
+    # Every side splits into a part for each mesh axis, which then come together.
+    parts = [block[side] for side in range(len(sides)) for block in blocks]
+    order = [
+        side * len(blocks) + axis
+        for axis in range(len(blocks))
+        for side in range(len(sides))
+    ]
+    return slice_.reshape(parts).transpose(order).reshape(shape)
+
+
+def _divisors(number: int) -> list[int]:
+    return [part for part in range(1, number + 1) if number % part == 0]
