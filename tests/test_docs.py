@@ -11,16 +11,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Pages that share a folder because one goes on from the other.
-PAGES = (
+QUICK = (
     ("README.md", "docs/quickstart.md"),
     ("docs/configs.md", "docs/sharding.md"),
+    ("docs/experts.md", "docs/extend/router.md"),
+)
+SLOW = (
     ("docs/data.md",),
     ("docs/pretrained.md",),
+    ("docs/mod_squad.md",),
+    ("docs/m3vit.md",),
+    ("docs/export.md",),
     ("docs/extend/task.md",),
     ("docs/extend/source.md",),
     ("docs/extend/method.md",),
-    ("docs/experts.md", "docs/extend/router.md"),
 )
+PAGES = (*QUICK, *(pytest.param(pages, marks=pytest.mark.slow) for pages in SLOW))
 
 BLOCK = re.compile(
     r"^(?P<run><!-- run -->\n)?"
@@ -96,7 +102,7 @@ def run(language, code, folder, environment):
 
 
 def test_every_marked_block_is_run():
-    listed = {ROOT / page for pages in PAGES for page in pages}
+    listed = {ROOT / page for pages in (*QUICK, *SLOW) for page in pages}
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
         text = page.read_text()
         marks = len(re.findall(r"^<!-- run -->$", text, re.MULTILINE))
