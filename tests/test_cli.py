@@ -159,7 +159,8 @@ def test_an_unknown_variant_lists_the_known(mistake):
         ("optimizer.learning_rate=-1", "optimizer.learning_rate is -1.0; it must be"),
         ("optimizer.num_steps=3", "optimizer.num_steps is 3; leave it out"),
         ("aggregator.num_tasks=3", "aggregator.num_tasks is 3; leave it out"),
-        ("num_steps=1000000000000000000000", "it must be less than 2**31"),
+        ("num_steps=10000000000", "it must be less than 2**31"),
+        ("num_steps=1000000000000000000000", "it must be less than 2**63"),
         (
             "mixture.batch_size=1000000000000",
             "mixture.batch_size is 1000000000000; the",

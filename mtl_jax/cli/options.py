@@ -15,7 +15,11 @@ GOOGLE = "0x1ae0"  # as a vendor of PCI devices, such as TPUs
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Which config, and what differs from it."""
-    parser.add_argument("config", metavar="CONFIG", help="config[:variant] or a file")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="config[:variant], or a file: own.py[:variant], or a run's config.json",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -28,6 +32,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         "--smoke", action="store_true", help="shrink to a few small steps"
     )
     parser.add_argument("--seed", type=int, help="same as --set seed=SEED")
+    add_trust(parser)
     add_devices(parser)
 
 
@@ -38,7 +43,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="let the saved config name what is in this module or .py file",
+        help="let a saved config name what is in this module or .py file",
     )
 
 
@@ -69,10 +74,11 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     start_jax(options)
     from mtl_jax import configuration
 
-    config = configuration.load_config(options.config, smoke=options.smoke)
-    configuration.override(config, options.assignments)
-    if options.seed is not None:
-        config.seed = options.seed
+    config = configuration.load_config(
+        options.config, smoke=options.smoke, trust=options.trust
+    )
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    configuration.override(config, [*options.assignments, *seed])
     return configuration, config
 
 
