@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mtl_jax.cli.errors import user_errors
+from mtl_jax.cli.observers import (
+    add_observers,
+    check_observers,
+    check_profile,
+    make_observers,
+)
 from mtl_jax.cli.options import add_config_options, add_processes, load
 from mtl_jax.report import format_table, results_table, write_report
 
@@ -24,11 +30,13 @@ def add(commands: Any) -> None:
         help="where to save the run if its folder cannot be written any more",
     )
     add_processes(train)
+    add_observers(train)
     train.set_defaults(command=_train)
 
 
 def _train(options: argparse.Namespace) -> None:
     with user_errors():
+        check_observers(options)
         configuration, config = load(options)
         name = configuration.full_name(options.config)
         document = configuration.to_document(config, name)
@@ -43,18 +51,17 @@ def _train(options: argparse.Namespace) -> None:
         shares = experiment.mixture.examples_per_batch(program.share_multiple)
         for source, share in shares.items():
             document["fields"][f"mixture.examples_per_batch.{source}"] = share
+        document["mesh"] = dict(program.mesh.shape)
         workdir = options.workdir or Path("runs") / name.replace(":", "-")
         initialize = experiment.initialize
         if initialize is not None and not (workdir / "config.json").exists():
             train.check_initialize(initialize, program.abstract_params())
+        check_profile(options.profile, experiment.num_steps, workdir)
         # Made only now: a mistake leaves no folder behind.
         folder = train.RunFolder(workdir, writes=distributed.is_main())
         saved = folder.read_json("config.json")
-        remeshed: list[str] = []
         if saved is not None:
-            remeshed = _check_unchanged(
-                configuration.differences(saved, document), workdir
-            )
+            _check_unchanged(configuration.differences(saved, document), workdir)
         result = folder.read_json("result.json")
         distributed.check_same([document, saved, result])
         distributed.check_shared(workdir)
@@ -72,12 +79,17 @@ def _train(options: argparse.Namespace) -> None:
             user_errors((train.RunFolderError, OSError)),
             train.StopSignals() as signals,
         ):
-            if remeshed and distributed.is_main():
-                print(f"continues on another mesh: {'; '.join(remeshed)}")
+            if saved is not None and distributed.is_main():
+                _tell_of_mesh(saved.get("mesh"), document["mesh"])
             folder.write_json("config.json", document)
             try:
                 result = train.train(
-                    program, folder, name, signals=signals, fallback=fallback
+                    program,
+                    folder,
+                    name,
+                    make_observers(options, name, document, experiment, folder),
+                    signals=signals,
+                    fallback=fallback,
                 )
             except train.StoppedError as error:
                 stopped_by = error.number
@@ -97,25 +109,30 @@ def _train(options: argparse.Namespace) -> None:
     print(f"\nreport: {page}")
 
 
-def _check_unchanged(changed: list[str], workdir: Path) -> list[str]:
+def _check_unchanged(changed: list[str], workdir: Path) -> None:
     """Refuses to continue a run of another config.
 
     Args:
-      changed: Lines of `configuration.differences`.
+      changed: Lines of `configuration.differences`. Those of the mesh do not matter.
       workdir: The run's folder.
-
-    Returns:
-      Those that do not matter, as they are of the mesh.
     """
-    mesh = [line for line in changed if line.startswith("mesh.")]
-    others = [line for line in changed if line not in mesh]
-    if others:
-        more = f"; and {len(others) - 10} more" if len(others) > 10 else ""
+    changed = [line for line in changed if not line.startswith("mesh.")]
+    if changed:
+        more = f"; and {len(changed) - 10} more" if len(changed) > 10 else ""
         raise ValueError(
             f"{workdir} holds a run of another config; choose another --workdir, or "
-            f"undo these differences: {'; '.join(others[:10])}{more}"
+            f"undo these differences: {'; '.join(changed[:10])}{more}"
         )
-    return mesh
+
+
+def _tell_of_mesh(old: dict[str, int] | None, new: dict[str, int]) -> None:
+    """Says that a run continues on another mesh, if it does."""
+    if old != new:
+        was, now = (
+            ", ".join(f"{axis}={size}" for axis, size in (mesh or {}).items())
+            for mesh in (old, new)
+        )
+        print(f"continues on the mesh {now}, where it was {was or 'unknown'}")
 
 
 def _check_platform() -> None:

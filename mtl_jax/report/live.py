@@ -172,7 +172,7 @@ class RunFollower:
             step=step,
             num_steps=next((int(n) for n in lengths if n is not None), None),
             evaluated_at=None if evaluated is None else int(evaluated),
-            saved_at=_newest_checkpoint(self._path),
+            saved_at=newest_checkpoint(self._path),
             seconds_per_step=speed,
             examples_per_second=timing.get("examples_per_second"),
             input_stall=timing.get("input_stall"),
@@ -269,7 +269,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.0f} days"
 
 
-def _newest_checkpoint(path: Path) -> int | None:
+def newest_checkpoint(path: Path) -> int | None:
+    """Step of the newest checkpoint in a run's folder, None without any."""
     try:
         names = os.listdir(path / "checkpoints")
     except OSError:
