@@ -12,7 +12,13 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from mtl_jax.models.experts import only_new
+from mtl_jax.models.transfer import print_account
 from mtl_jax.sharding.rules import path_name
+from mtl_jax.train.integrity import (
+    DamagedCheckpointError,
+    check_contents,
+    check_files,
+)
 from mtl_jax.train.run_folder import RunFolderError
 
 
@@ -21,23 +27,29 @@ def start_from(
 ) -> PyTree:
     """Makes the parameters that a run starts from of another run's.
 
-    For an experiment's ``initialize``, as a partial.
+    For an experiment's ``initialize``, as a partial. It takes the newest checkpoint
+    that is whole, and prints which one that is, which are damaged, which parameters the
+    run starts from and which stay fresh.
 
     Args:
       params: Fresh parameters ``{"trunk": ..., "heads": ...}``.
       run: Folder of the other run.
       make: Called with the fresh parameters and those of the other run, arrays of the
         host; makes the parameters to start from, such as
-        `mtl_jax.models.experts.upcycle` or `mtl_jax.models.experts.extend`.
+        `mtl_jax.models.experts.upcycle`, `mtl_jax.models.experts.extend` or a partial
+        `mtl_jax.models.transfer.transfer`.
 
     Returns:
       What ``make`` returns.
 
     Raises:
-      RunFolderError: If the folder has no checkpoint, or it is damaged.
+      RunFolderError: If the folder has no checkpoint that is whole.
       ValueError: If the parameters do not fit.
     """
-    return make(params, _read(run, shapes_only=False))
+    origin, saved = _read(run, shapes_only=False)
+    made = make(params, saved)
+    print_account(origin, params, saved, made)
+    return made
 
 
 def train_new(
@@ -58,47 +70,63 @@ def train_new(
       run: Folder of the other run.
 
     Raises:
-      RunFolderError: If the folder has no checkpoint, or it is damaged.
+      RunFolderError: If the folder has no checkpoint that is whole.
     """
     shapes = {
         path_name(path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            _read(run, shapes_only=True)
+            _read(run, shapes_only=True)[1]
         )
     }
     return only_new(optimizer(num_steps=num_steps), shapes)
 
 
-def _read(run: str, *, shapes_only: bool) -> Any:
-    """Parameters of the newest checkpoint as arrays of the host, or their shapes."""
+def _read(run: str, *, shapes_only: bool) -> tuple[str, Any]:
+    """Parameters of the newest checkpoint that is whole, and which one that is.
+
+    They are arrays of the host, or their shapes; for these, the files with the arrays
+    are not checked.
+    """
     directory = Path(run) / "checkpoints"
     # A checkpoint that is still being written has another name.
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdecimal()]
     if not steps:
         raise RunFolderError(f"{run} has no checkpoints to start from; train it first")
-    folder = (directory / str(max(steps)) / "state").absolute()
+    damaged = []
+    for step in sorted(steps, reverse=True):
+        folder = directory / str(step)
+        try:
+            large = check_files(folder)
+            if not shapes_only:
+                check_contents(folder, large)
+        except DamagedCheckpointError as error:
+            damaged.append(f"the checkpoint {folder} is damaged ({error.reason})")
+            continue
+        origin = "; ".join([f"step {step} of {run}", *damaged])
+        return origin, _restore(folder, shapes_only=shapes_only)
+    raise RunFolderError(
+        f"{'; '.join(damaged)}, and there is no other to start from; restore one from "
+        "a copy, or train the run again"
+    )
+
+
+def _restore(folder: Path, *, shapes_only: bool) -> Any:
+    state = (folder / "state").absolute()
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            params = checkpointer.metadata(folder).item_metadata.tree["params"]
-            if shapes_only:
-                return jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params
-                )
-            as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        params = checkpointer.metadata(state).item_metadata.tree["params"]
+        if shapes_only:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params
             )
-            return checkpointer.restore(
-                folder,
-                ocp.args.PyTreeRestore(  # type: ignore[call-arg]
-                    item={"params": params},
-                    restore_args={"params": as_numpy},
-                    partial_restore=True,
-                ),
-            )["params"]
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0][:100]
-        raise RunFolderError(
-            f"the checkpoint {folder.parent} is damaged ({reason}); restore it from a "
-            "copy, or delete it to use the one before"
-        ) from error
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params
+        )
+        return checkpointer.restore(
+            state,
+            ocp.args.PyTreeRestore(  # type: ignore[call-arg]
+                item={"params": params},
+                restore_args={"params": as_numpy},
+                partial_restore=True,
+            ),
+        )["params"]

@@ -47,13 +47,32 @@ def test_it_reads_what_the_other_run_wrote(run):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(read))
 
 
-def test_an_upcycled_run_starts_with_the_perceptrons_as_experts(run):
+def test_it_passes_over_what_is_damaged_and_says_so(run, tmp_path, capsys):
+    other = shutil.copytree(run[0], tmp_path / "other")
+    newer = shutil.copytree(other / "checkpoints" / "0", other / "checkpoints" / "10")
+    large = max((newer / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    large.write_bytes(bytes(large.stat().st_size))
+    read = start_from({}, run=str(other), make=lambda fresh, saved: saved)
+    jax.tree.map(np.testing.assert_array_equal, read, run[1])
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        f"parameters from step 0 of {other}; the checkpoint {newer}"
+    )
+    assert first.endswith(" has another content)")
+
+
+def test_an_upcycled_run_starts_with_the_perceptrons_as_experts(run, capsys):
     folder, params = run
     start = functools.partial(start_from, run=str(folder), make=upcycle)
     trunk = experiment().trunk.clone(mlp_ratio=1)
     program = build_program(experiment(trunk=trunk, initialize=start))
     check_initialize(start, program.abstract_params())
     experts = program.init_state().params["trunk"]["block_1"]["moe"]["experts"]
+    printed = capsys.readouterr().out
+    # Once, though it was checked by its shapes before.
+    assert printed.count("parameters from step 0 of") == 1
+    assert "made of those of other names: 4 (trunk/block_1/moe/experts/" in printed
+    assert "(trunk/block_1/moe/router/gate/kernel" in printed
     mlp = params["trunk"]["block_1"]["mlp"]
     jax.tree.map(
         lambda copies, leaf: np.testing.assert_array_equal(
@@ -92,8 +111,15 @@ def test_folders_without_checkpoints_are_named(run, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(run[0], damaged)
     (damaged / "checkpoints" / "0" / "state" / "_METADATA").unlink()
-    with pytest.raises(RunFolderError, match="checkpoints/0 is damaged"):
-        train_new(3, optimizer=adamw, run=str(damaged))
+    for read in (
+        lambda: train_new(3, optimizer=adamw, run=str(damaged)),
+        lambda: start_from({}, run=str(damaged), make=extend),
+    ):
+        with pytest.raises(
+            RunFolderError,
+            match=r"checkpoints/0 is damaged \(state/_METADATA is missing\), and there",
+        ):
+            read()
 
 
 def test_a_checkpoint_of_another_number_of_experts_is_named(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 
 from mtl_jax.layers.patch import resize_positions
 from mtl_jax.models.pretrained.mapping import Pretrained
+from mtl_jax.models.transfer import print_account
 
 
 def warm_start(
@@ -19,7 +20,8 @@ def warm_start(
 
     For an experiment's ``initialize``, as a partial with ``load``. Heads stay fresh.
     Positions are resized to the ``position_grid`` of the trunk, and its blocks stacked
-    where it loops over them by ``scan``.
+    where it loops over them by ``scan``. Which parameters are the published ones, which
+    were resized and which stay fresh is printed.
 
     Args:
       params: Fresh parameters ``{"trunk": ..., "heads": ...}``.
@@ -64,7 +66,9 @@ def warm_start(
             "trunk from what load returns, in its field trunk"
         )
     fitted = {path: published[path].astype(leaf.dtype) for path, leaf in trunk.items()}
-    return {**params, "trunk": flax.traverse_util.unflatten_dict(fitted, sep="/")}
+    made = {**params, "trunk": flax.traverse_util.unflatten_dict(fitted, sep="/")}
+    print_account("a published trunk", params, {"trunk": pretrained.params}, made)
+    return made
 
 
 def _stacked(published: Mapping[str, Any], period: int) -> dict[str, Any]:

@@ -55,15 +55,23 @@ def test_leaves_stay_on_the_host_until_they_are_placed():
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
 
 
-def test_positions_are_resized_to_the_trunks_grid():
+def test_positions_are_resized_to_the_trunks_grid(capsys):
     params = fresh(position_grid=(2, 5))
     started = warm_start(params, load=LOAD)["trunk"]["positions"]
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "parameters from a published trunk"
+    assert lines[0].startswith("  as they are: ")
+    assert lines[1:] == [
+        "  of another shape: 1 (trunk/positions (3, 3, 8) -> (2, 5, 8))",
+        "  stay fresh: 2 (heads/digit/logits/bias, heads/digit/logits/kernel)",
+    ]
     positions = jnp.asarray(LOAD().params["positions"])
     resized = resize_positions(positions, 2, 5, antialias=True)
     np.testing.assert_allclose(started, resized, rtol=1e-6)
     # As it is checked before a run, by shapes alone.
     shapes = jax.eval_shape(functools.partial(warm_start, load=LOAD), params)
     assert shapes["trunk"]["positions"].shape == (2, 5, 8)
+    assert capsys.readouterr().out == ""
 
 
 def test_blocks_are_stacked_for_a_scan_over_them():
