@@ -1,7 +1,9 @@
 """What is wrong with a user's input: one line, and a status of its own."""
 
 import contextlib
+import logging
 import sys
+import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -25,6 +27,32 @@ def user_errors(
         yield
     except kinds as error:
         fail(str(error))
+
+
+@contextlib.contextmanager
+def storage_is_quiet() -> Iterator[None]:
+    """Keeps what Orbax and its storage print of the faults that they raise as well.
+
+    They log tracebacks, and their threads print more when a save fails in the middle.
+    """
+    before = sys.excepthook
+
+    def hook(*exception) -> None:
+        # Threads of Python have a hook of their own: these are the storage's.
+        if threading.current_thread() is threading.main_thread():
+            before(*exception)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def fail(message: str) -> NoReturn:

@@ -1,13 +1,12 @@
 """``mtl-jax train``: train a config, or continue its run."""
 
 import argparse
-import logging
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.cli.errors import user_errors
+from mtl_jax.cli.errors import storage_is_quiet, user_errors
 from mtl_jax.cli.observers import (
     add_observers,
     check_observers,
@@ -72,11 +71,10 @@ def _train(options: argparse.Namespace) -> None:
             fallback = train.Fallback(options.fallback_dir, document)
     if result is None:
         stopped_by = 0
-        # Orbax logs at length what it raises as well.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
         with (
             distributed.leaving_at_once(),
             user_errors((train.RunFolderError, OSError)),
+            storage_is_quiet(),
             train.StopSignals() as signals,
         ):
             if saved is not None and distributed.is_main():
