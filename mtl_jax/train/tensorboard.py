@@ -13,8 +13,14 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from jaxtyping import Float
 from rich.console import Console
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
+from tensorboardX.proto.event_pb2 import (  # classes that are made on import
+    Event,  # type: ignore[attr-defined]
+    SessionLog,  # type: ignore[attr-defined]
+)
+from tensorboardX.proto.summary_pb2 import (
+    HistogramProto,  # type: ignore[attr-defined]
+    Summary,  # type: ignore[attr-defined]
+)
 from tensorboardX.record_writer import masked_crc32c
 
 from mtl_jax.train.metric_values import cosine_picture, png, split_by_shape

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import wandb
+import wandb  # type: ignore[import-not-found]
 from rich.console import Console
 
 from mtl_jax.train.metric_values import cosine_picture, split_by_shape
@@ -48,7 +48,7 @@ class WeightsAndBiases:
         self._config, self._tasks = dict(config), tuple(tasks)
         self._identity: dict[str, Any] = {}
         self._run: Any = None
-        self._next = 0
+        self._next: int = 0
 
     def __enter__(self) -> Self:
         """Begins the run there, or goes on with it.
@@ -83,7 +83,7 @@ class WeightsAndBiases:
             ) from error
         # Offline nobody else knows what was logged before.
         offline = self._run.offline
-        self._next = saved.get("next_step", 0) if offline else self._run.step
+        self._next = int(saved.get("next_step", 0)) if offline else self._run.step
         self._folder.write_json(IDENTITY, self._identity)
         return self
 
