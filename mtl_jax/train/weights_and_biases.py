@@ -11,7 +11,7 @@ import wandb  # type: ignore[import-not-found]
 from rich.console import Console
 
 from mtl_jax.train.metric_values import cosine_picture, split_by_shape
-from mtl_jax.train.run_folder import RunFolder
+from mtl_jax.train.run_folder import RunFolder, RunFolderError
 
 IDENTITY = "wandb.json"
 COSINE = "all/cosine"
@@ -55,11 +55,9 @@ class WeightsAndBiases:
 
         Raises:
           ConnectionError: If Weights & Biases cannot be reached, or refuses.
+          RunFolderError: If ``wandb.json`` is damaged.
         """
-        saved = self._folder.read_json(IDENTITY)
-        if saved is None or saved.get("project") != self._project:
-            saved = {"project": self._project, "id": secrets.token_hex(4)}
-        self._identity = saved
+        saved = self._identity = self._known_identity()
         try:
             self._run = wandb.init(
                 project=self._project,
@@ -83,7 +81,7 @@ class WeightsAndBiases:
             ) from error
         # Offline nobody else knows what was logged before.
         offline = self._run.offline
-        self._next = int(saved.get("next_step", 0)) if offline else self._run.step
+        self._next = saved.get("next_step", 0) if offline else self._run.step
         self._folder.write_json(IDENTITY, self._identity)
         return self
 
@@ -97,6 +95,23 @@ class WeightsAndBiases:
             return
         with self._reporting():
             self._run.finish(exit_code=int(kind is not None))
+
+    def _known_identity(self) -> dict[str, Any]:
+        """The identity that the run has there, or a new one."""
+        path = self._folder.path / IDENTITY
+        try:
+            saved = self._folder.read_json(IDENTITY) or {}
+            known, after = saved.get("id"), saved.get("next_step", 0)
+            damaged = saved and not (isinstance(known, str) and type(after) is int)
+        except RunFolderError:
+            saved, damaged = {}, True
+        if damaged:
+            raise RunFolderError(
+                f"{path} is damaged; delete it to begin another run at Weights & Biases"
+            )
+        if saved.get("project") != self._project:
+            saved = {"project": self._project, "id": secrets.token_hex(4)}
+        return saved
 
     def phase(self, step: int, name: str) -> None:
         """Nothing of it is logged."""
