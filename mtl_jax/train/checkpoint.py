@@ -17,8 +17,9 @@ from jax.experimental import multihost_utils
 from mtl_jax.sharding.distributed import is_main
 from mtl_jax.train.description import (
     MOST,
+    array_differences,
+    array_types,
     config_differences,
-    shape_differences,
     shortened,
     task_differences,
 )
@@ -104,12 +105,14 @@ class Checkpoints:
           state: The training state.
           data: The iterator over training batches, which stands at that step.
         """
+        saved = _as_pytree(state)
         description = {"format": FORMAT, "step": step, **self._description}
+        description["arrays"] = array_types(saved)
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(  # type: ignore[call-arg]
-                    _as_pytree(state), ocdbt_target_data_file_size=FILE_BYTES
+                    saved, ocdbt_target_data_file_size=FILE_BYTES
                 ),
                 data=ocp.args.JsonSave(data.get_state()),  # type: ignore[call-arg]
                 run=ocp.args.JsonSave(description),  # type: ignore[call-arg]
@@ -173,8 +176,8 @@ class Checkpoints:
         """
         folder = self._directory / str(step)
         wanted = _as_pytree(like)
-        # Before anything is restored: storage that reads damage prints pages itself, and
-        # what one process finds all must know before they restore together.
+        # Before anything is restored: storage that reads damage prints pages itself,
+        # and what one process finds all must know before they restore together.
         _check_together(folder)
         with self._explained(folder):
             self._check_fits(step, folder, wanted)
@@ -235,9 +238,8 @@ class Checkpoints:
                 f"the checkpoint {folder} is that of step {found['step']}; give the "
                 "folder its name again"
             )
-        saved = self._manager.item_metadata(step)["state"]
         tasks = task_differences(found, self._description)
-        shapes = shape_differences(saved, wanted)
+        shapes = array_differences(found["arrays"], array_types(wanted))
         if not tasks and not shapes:
             return
         config = config_differences(found, self._description)
@@ -268,9 +270,13 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
 
-    def close(self) -> None:
-        """Waits for pending saves."""
+    def wait(self) -> None:
+        """Waits until pending saves are complete."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for pending saves, and ends what works in the background."""
+        self.wait()
         self._manager.close()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from mtl_jax.sharding.rules import path_name
 from mtl_jax.train.program import Program
@@ -77,22 +78,35 @@ def config_differences(
     ]
 
 
-def shape_differences(saved: Any, wanted: Any) -> list[str]:
-    """Arrays that differ in shape or type, or are in one of two states alone.
+def array_types(state: PyTree) -> dict[str, str]:
+    """Type and shape of every array by its path; PRNG keys are arrays of integers.
+
+    Args:
+      state: Arrays, or their shapes.
+    """
+    types = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        types[path_name(path)] = f"{jnp.dtype(leaf.dtype)} {tuple(leaf.shape)}"
+    return types
+
+
+def array_differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Arrays that differ in type or shape, or are in one of two states alone.
 
     Parameters come first: they tell more than what optimizers keep for each of them.
 
     Args:
-      saved: Arrays, or their metadata, in the checkpoint.
-      wanted: Arrays, or their shapes, of the run that reads it.
+      saved: `array_types` of the checkpoint.
+      wanted: `array_types` of the run that reads it.
     """
-    there, here = _shapes(saved), _shapes(wanted)
     different = [
-        path for path in {**here, **there} if here.get(path) != there.get(path)
+        path for path in {**wanted, **saved} if wanted.get(path) != saved.get(path)
     ]
     return [
-        f"{path} is {there.get(path, 'absent')} in the checkpoint and "
-        f"{here.get(path, 'absent')} in the config"
+        f"{path} is {saved.get(path, 'absent')} in the checkpoint and "
+        f"{wanted.get(path, 'absent')} in the config"
         for path in sorted(different, key=lambda path: not path.startswith("params/"))
     ]
 
@@ -101,13 +115,3 @@ def shortened(lines: list[str], most: int = MOST) -> str:
     """Differences in one line, the first ``most`` of them in words."""
     more = [f"and {len(lines) - most} more differ"] if len(lines) > most else []
     return "; ".join(lines[:most] + more)
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    """Type and shape of every array by its path; saved keys are arrays of integers."""
-    shapes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        shapes[path_name(path)] = f"{jnp.dtype(leaf.dtype)} {tuple(leaf.shape)}"
-    return shapes
