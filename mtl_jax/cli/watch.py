@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import select
 import sys
@@ -38,6 +39,9 @@ def _watch(options: argparse.Namespace) -> None:
     with user_errors():
         _check(options.runs, options.once)
     followers = [RunFollower(path) for path in options.runs]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of tasks may have letters that the terminal does not know.
+        sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
     sees = console.is_terminal and not console.is_dumb_terminal
     if sees and not options.once:

@@ -58,7 +58,10 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
       width: The most characters.
       bars: The characters from the lowest to the highest.
     """
-    parts = np.array_split(np.asarray(values, np.float64), min(width, len(values)) or 1)
+    number = min(width, len(values))
+    if not number:
+        return ""
+    parts = np.array_split(np.asarray(values, np.float64), number)
     finite = [part[np.isfinite(part)] for part in parts]
     means = [float(part.mean()) if part.size else math.nan for part in finite]
     known = [mean for mean in means if not math.isnan(mean)]
