@@ -10,6 +10,7 @@ from typing import NoReturn
 from rich.console import Console
 
 USER_ERROR = 2
+NUMERICAL_FAULT = 3
 
 
 @contextlib.contextmanager
@@ -55,10 +56,10 @@ def storage_is_quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, status: int = USER_ERROR) -> NoReturn:
     """Says in one line what is wrong, and exits."""
     line = " ".join(message.split())
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
         f"mtl-jax: error: {line}"
     )
-    sys.exit(USER_ERROR)
+    sys.exit(status)

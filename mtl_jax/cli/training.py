@@ -1,12 +1,18 @@
 """``mtl-jax train``: train a config, or continue its run."""
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.cli.errors import storage_is_quiet, user_errors
+from mtl_jax.cli.errors import (
+    NUMERICAL_FAULT,
+    fail,
+    storage_is_quiet,
+    user_errors,
+)
 from mtl_jax.cli.observers import (
     add_observers,
     check_observers,
@@ -28,6 +34,11 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="where to save the run if its folder cannot be written any more",
     )
+    train.add_argument(
+        "--debug-nans",
+        action="store_true",
+        help="stop at the first NaN and name the operation that made it; slow",
+    )
     add_processes(train)
     add_observers(train)
     train.set_defaults(command=_train)
@@ -42,6 +53,7 @@ def _train(options: argparse.Namespace) -> None:
         from mtl_jax import train
         from mtl_jax.sharding import distributed
 
+        _check_debug_nans(options)
         experiment = configuration.build(config)
         train.validate(experiment)
         program = train.build_program(experiment)
@@ -70,7 +82,7 @@ def _train(options: argparse.Namespace) -> None:
                 train.check_fallback(options.fallback_dir, workdir)
             fallback = train.Fallback(options.fallback_dir, document)
     if result is None:
-        stopped_by = 0
+        stopped_by, fault = 0, None
         with (
             distributed.leaving_at_once(),
             user_errors((train.RunFolderError, OSError)),
@@ -88,9 +100,14 @@ def _train(options: argparse.Namespace) -> None:
                     make_observers(options, name, document, experiment, folder),
                     signals=signals,
                     fallback=fallback,
+                    debug_nans=options.debug_nans,
                 )
             except train.StoppedError as error:
                 stopped_by = error.number
+            except train.NumericalFaultError as error:
+                fault = error
+        if fault is not None:
+            fail(_with_command(fault), NUMERICAL_FAULT)
         if result is None:
             name = signal.Signals(stopped_by).name
             print(f"\nstopped by {name}, and saved; the same command continues")
@@ -121,6 +138,25 @@ def _check_unchanged(changed: list[str], workdir: Path) -> None:
             f"{workdir} holds a run of another config; choose another --workdir, or "
             f"undo these differences: {'; '.join(changed[:10])}{more}"
         )
+
+
+def _check_debug_nans(options: argparse.Namespace) -> None:
+    import jax
+
+    if options.debug_nans and jax.process_count() > 1:
+        raise ValueError(
+            f"--debug-nans follows one process and there are {jax.process_count()}; "
+            "leave it out, or train in one"
+        )
+
+
+def _with_command(fault: Any) -> str:
+    """What stopped a run, with what leads there again, which is saved too."""
+    if fault.reproducer is None:
+        return str(fault)
+    command = shlex.join(["mtl-jax", *sys.argv[1:], "--debug-nans"])
+    (fault.reproducer / "command.txt").write_text(command + "\n")
+    return f"{fault}; this goes there again and names the operation: {command}"
 
 
 def _tell_of_mesh(old: dict[str, int] | None, new: dict[str, int]) -> None:

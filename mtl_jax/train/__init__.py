@@ -2,6 +2,7 @@
 
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.export import export_task, write_export
+from mtl_jax.train.fault_log import NumericalFaultError
 from mtl_jax.train.initialize import check_initialize
 from mtl_jax.train.loop import evaluate_run, restore_run, train
 from mtl_jax.train.optimizer import adamw, sgd
@@ -16,6 +17,7 @@ __all__ = [
     "Experiment",
     "Fallback",
     "MeshShape",
+    "NumericalFaultError",
     "Program",
     "RunFolder",
     "RunFolderError",

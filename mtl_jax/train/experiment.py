@@ -15,6 +15,7 @@ from mtl_jax.models.multitask import MultitaskModel
 from mtl_jax.optim import Aggregator, Balancer
 from mtl_jax.sharding import Rules
 from mtl_jax.tasks.task import Task
+from mtl_jax.train.faults import NonFinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Experiment:
       mutual_information_weight: Weight of Mod-Squad's loss, which keeps tasks to few
         experts and all experts in use (Chen et al., 2023), for each layer of experts;
         needs a router a task.
+      non_finite: What a step does about a task whose loss or gradient is not finite:
+        ``leave_out`` goes on without it, as if it had no labels in that step; ``skip``
+        changes nothing in that step.
+      max_faulty_steps: The run stops after so many steps in a row in which a task was
+        left out or that were skipped; 1 stops at the first.
       mesh: Shape of the device mesh.
       rules: Which mesh axes each logical axis of the parameters is sharded over.
       seed: Seed of parameters, data order and every other random choice.
@@ -85,6 +91,8 @@ class Experiment:
     sharpness: Callable | None = None
     initialize: Callable | None = None
     mutual_information_weight: float = 0.0
+    non_finite: NonFinite = "leave_out"
+    max_faulty_steps: int = 10
     mesh: MeshShape = MeshShape()
     rules: Rules = Rules()  # noqa: RUF009, as it is frozen
     seed: int = 0

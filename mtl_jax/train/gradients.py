@@ -4,6 +4,10 @@ The functions here return a function ``(params, batch, key, aggregator_state,
 collections) -> (evaluation, gradient)``. Trunk gradients go through the aggregator; a
 head belongs to one task and keeps the plain gradient of its own loss. A router's
 auxiliary losses are shared out evenly among the tasks of its forward pass.
+
+A task whose loss, gradient where it is taken, or gradient of the head is not finite is
+left out: for the aggregator it is absent, as a task without labels is, and its head
+gets no gradient. A norm that overflows float32 counts as not finite.
 """
 
 import functools
@@ -26,10 +30,13 @@ class Evaluation(NamedTuple):
     """What a gradient evaluation learns besides the gradient.
 
     Attributes:
-      losses: Loss of each task.
+      losses: Loss of each task, finite or not.
       auxiliary_loss: Sum of the routers' auxiliary losses.
-      active: Which tasks had any label in the batch.
-      gramian: Inner products of the task gradients where they were taken.
+      active: Which tasks took part: those with a label in the batch that are not
+        faulty.
+      faulty: Which tasks with a label have a loss or gradient that is not finite.
+      gramian: Inner products of the task gradients where they were taken; those of a
+        faulty task mean nothing.
       statistics: Task name -> layer name -> router statistics of the task's pass on
         the last source that labels it.
       aggregator_state: The aggregator's state after the evaluation.
@@ -39,6 +46,7 @@ class Evaluation(NamedTuple):
     losses: Float[Array, " tasks"]
     auxiliary_loss: Float[Array, ""]
     active: Bool[Array, " tasks"]
+    faulty: Bool[Array, " tasks"]
     gramian: Float[Array, "tasks tasks"]
     statistics: Mapping[str, Mapping[str, Any]]
     aggregator_state: Any
@@ -64,6 +72,7 @@ class _SourceGradients(NamedTuple):
       collections: The trunk's collections as each pass leaves them.
       gates: Mean gates by layer and pass that the joint loss depends on.
       num_tokens: Tokens of a pass.
+      finite: Whether all features are.
       pull_back: From cotangents of features, auxiliary loss and gates by pass to
         gradients with respect to the trunk's parameters by pass.
     """
@@ -75,6 +84,7 @@ class _SourceGradients(NamedTuple):
     collections: Mapping[str, Any]
     gates: Mapping[str, Array]
     num_tokens: int
+    finite: Bool[Array, ""]
     pull_back: Callable[[Array, Array, Mapping[str, Array]], PyTree]
 
 
@@ -109,27 +119,22 @@ def at_params(
                 row = jax.tree.map(lambda leaf, j=j: leaf[j], pulled)
                 rows[name] = optax.tree.add(rows[name], row) if name in rows else row
         task_gradients = jax.tree.map(
-            lambda *leaves: jnp.stack(leaves), *(rows[name] for name in names)
+            lambda *leaves: jnp.stack([_without_nan(leaf) for leaf in leaves]),
+            *(rows[name] for name in names),
         )
-        active = counts > 0
+        verdict = _judge(losses, head_gradients, task_gradients, counts)
         trunk_gradient, aggregator_state = aggregator.update(
             task_gradients,
             aggregator_state,
             params["trunk"],
-            losses=losses,
-            active=active,
+            losses=jnp.where(verdict.active, losses, 0.0),
+            active=verdict.active,
         )
         return (
             _evaluation(
-                losses,
-                joint_loss,
-                sources,
-                active,
-                task_gradients,
-                aggregator_state,
-                collections,
+                losses, joint_loss, sources, verdict, aggregator_state, collections
             ),
-            {"trunk": trunk_gradient, "heads": head_gradients},
+            {"trunk": trunk_gradient, "heads": verdict.heads},
         )
 
     return evaluate
@@ -173,14 +178,20 @@ def at_features(
         task_gradients = {
             name: _spread(source, names) for name, source in sources.items()
         }
-        active = counts > 0
+        verdict = _judge(losses, head_gradients, task_gradients, counts)
         combined: Any
         combined, aggregator_state = aggregator.update(
-            task_gradients, aggregator_state, losses=losses, active=active
+            task_gradients,
+            aggregator_state,
+            losses=jnp.where(verdict.active, losses, 0.0),
+            active=verdict.active,
         )
         pulled = [
-            source.pull_back(
-                combined[name][None], jnp.ones(1, jnp.float32), gate_gradients[name]
+            _if_finite(
+                source,
+                source.pull_back(
+                    combined[name][None], jnp.ones(1, jnp.float32), gate_gradients[name]
+                ),
             )
             for name, source in sources.items()
         ]
@@ -189,15 +200,9 @@ def at_features(
         )
         return (
             _evaluation(
-                losses,
-                joint_loss,
-                sources,
-                active,
-                task_gradients,
-                aggregator_state,
-                collections,
+                losses, joint_loss, sources, verdict, aggregator_state, collections
             ),
-            {"trunk": trunk_gradient, "heads": head_gradients},
+            {"trunk": trunk_gradient, "heads": verdict.heads},
         )
 
     return evaluate
@@ -292,6 +297,7 @@ def _differentiate_heads(
             output.collections,
             gates,
             tokens_of_a_pass(output),
+            jnp.all(jnp.isfinite(features)),
             lambda *cotangents, pull_back=pull_back: pull_back(cotangents)[0],
         )
     heads = {task.name: head_gradients[task.name] for task in objective.tasks}
@@ -341,15 +347,70 @@ def _spread(
     """Feature gradients by task, zero for tasks that the source does not label."""
     absent = jnp.zeros_like(source.features[0])
     by_task = dict(zip(source.tasks, source.features, strict=True))
-    return jnp.stack([by_task.get(name, absent) for name in names])
+    return jnp.stack([_without_nan(by_task.get(name, absent)) for name in names])
+
+
+def _without_nan(leaf: Array) -> Array:
+    """Puts the largest number in place of every entry that is not finite.
+
+    The row's norm is infinite still, so that its Gramian tells, which is computed
+    anyway; but a weight of 0 takes it out of any sum, as it would not take out NaN.
+    """
+    return jnp.where(jnp.isfinite(leaf), leaf, jnp.finfo(leaf.dtype).max)
+
+
+def _if_finite(source: _SourceGradients, pulled: PyTree) -> PyTree:
+    """The gradient, or zeros where the source's features were not finite.
+
+    All its tasks are left out then, and yet NaN comes of their zero cotangents.
+    """
+    return jax.tree.map(lambda leaf: jnp.where(source.finite, leaf, 0), pulled)
+
+
+class _Verdict(NamedTuple):
+    """Which tasks take part, and what is left of the others.
+
+    Attributes:
+      active: Those with a label that are not faulty.
+      faulty: Those with a label whose loss or gradient is not finite.
+      gramian: Inner products of the task gradients.
+      heads: Gradients of the heads by task, zero where a task does not take part.
+    """
+
+    active: Bool[Array, " tasks"]
+    faulty: Bool[Array, " tasks"]
+    gramian: Float[Array, "tasks tasks"]
+    heads: Mapping[str, PyTree]
+
+
+def _judge(
+    losses: Float[Array, " tasks"],
+    heads: Mapping[str, PyTree],
+    task_gradients: PyTree,
+    counts: Float[Array, " tasks"],
+) -> _Verdict:
+    matrix = gramian(task_gradients)
+    norms = jnp.stack([optax.tree.norm(head, squared=True) for head in heads.values()])
+    sound = (
+        jnp.isfinite(losses) & jnp.isfinite(norms) & jnp.isfinite(jnp.diagonal(matrix))
+    )
+    active = (counts > 0) & sound
+    return _Verdict(
+        active,
+        (counts > 0) & ~sound,
+        matrix,
+        {
+            name: jax.tree.map(lambda leaf, k=k: jnp.where(active[k], leaf, 0), head)
+            for k, (name, head) in enumerate(heads.items())
+        },
+    )
 
 
 def _evaluation(
     losses: Array,
     joint_loss: Array,
     sources: Mapping[str, _SourceGradients],
-    active: Array,
-    task_gradients: PyTree,
+    verdict: _Verdict,
     aggregator_state: optax.OptState,
     collections: Mapping,
 ) -> Evaluation:
@@ -373,8 +434,9 @@ def _evaluation(
     return Evaluation(
         losses,
         auxiliary_loss,
-        active,
-        gramian(task_gradients),
+        verdict.active,
+        verdict.faulty,
+        verdict.gramian,
         statistics,
         aggregator_state,
         moved,

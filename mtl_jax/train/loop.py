@@ -16,6 +16,8 @@ from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.description import describe
 from mtl_jax.train.evaluate import CutShortError, make_evaluate
 from mtl_jax.train.experiment import Experiment
+from mtl_jax.train.fault_log import SPIKES, FaultLog
+from mtl_jax.train.faults import REPORT
 from mtl_jax.train.observer import Observer
 from mtl_jax.train.program import Program
 from mtl_jax.train.progress import ProgressDisplay
@@ -44,6 +46,7 @@ def train(
     *,
     signals: StopSignals | None = None,
     fallback: Fallback | None = None,
+    debug_nans: bool = False,
 ) -> dict:
     """Runs a program to its end, from the newest checkpoint in its folder if any.
 
@@ -61,6 +64,8 @@ def train(
       signals: Lets SIGTERM and SIGINT save the run and stop it; without, they do what
         they do in Python.
       fallback: Where to save the run if its folder cannot be written any more.
+      debug_nans: Whether to stop at the first step that computes a NaN, whatever is
+        done about one, and to say which operation made it.
 
     Returns:
       The content of ``result.json``.
@@ -69,6 +74,8 @@ def train(
       RunFolderError: If the folder's logs or checkpoints are damaged, the checkpoint
         is of another config, or the folder cannot be written any more.
       StoppedError: If a signal stopped it; the run is saved as it was then.
+      NumericalFaultError: If too many steps in a row were faulty, or the parameters are
+        not finite; the checkpoints are from before.
     """
     with contextlib.ExitStack() as stack:
         for observer in observers:
@@ -80,6 +87,7 @@ def train(
             observers,
             signals or StopSignals(),
             fallback,
+            debug_nans,
         )
 
 
@@ -90,13 +98,14 @@ def _train(
     observers: Sequence[Observer],
     signals: StopSignals,
     fallback: Fallback | None,
+    debug_nans: bool,
 ) -> dict:
     started = time.monotonic()
     experiment = program.experiment
     description = describe(program, folder.read_json("config.json"))
     checkpoints = Checkpoints(folder.path / CHECKPOINTS, description)
     try:
-        state, batches, timings, unevaluated = _start_or_continue(
+        state, batches, timings, faults, unevaluated = _start_or_continue(
             program, checkpoints, folder, started
         )
         evaluate = make_evaluate(program)
@@ -105,7 +114,10 @@ def _train(
         for observer in observers:
             observer.phase(int(state.step), "compiling")
         compile_started = time.monotonic()
-        step, flops = program.compile_step()
+        compile_step = (
+            program.compile_checked_step if debug_nans else program.compile_step
+        )
+        step, flops = compile_step()
         compile_seconds = time.monotonic() - compile_started
         first_step = int(state.step)
         headlines = {task.name: task.metrics[0].name for task in experiment.tasks}
@@ -118,6 +130,7 @@ def _train(
             folder,
             (display, *observers),
             timings,
+            faults,
             signals,
             functools.partial(rescue, folder, description, fallback),
         )
@@ -213,7 +226,9 @@ def restore_run(program: Program, folder: RunFolder, step: int | None) -> TrainS
 
 def _start_or_continue(
     program: Program, checkpoints: Checkpoints, folder: RunFolder, started: float
-) -> tuple[TrainState, grain.DatasetIterator, Timings, Mapping[str, Any] | None]:
+) -> tuple[
+    TrainState, grain.DatasetIterator, Timings, FaultLog, Mapping[str, Any] | None
+]:
     experiment = program.experiment
     batches = training_batches(
         experiment.mixture,
@@ -225,6 +240,7 @@ def _start_or_continue(
     latest, state = checkpoints.restore_newest(program.fresh_state) or (None, None)
     logged = folder.truncate(METRICS, latest or 0)
     lines = folder.truncate(TIMINGS, latest or 0)
+    folder.truncate(SPIKES, latest or 0)
     unevaluated = folder.read_json(UNEVALUATED)
     if unevaluated is not None:
         known = logged and logged[-1]["step"] == latest
@@ -233,10 +249,17 @@ def _start_or_continue(
         else:
             lines.append(unevaluated["timing"])
     timings = Timings(lines, experiment.mixture.batch_size, started)
+    faults = FaultLog(
+        folder.path,
+        [task.name for task in experiment.tasks],
+        experiment.labels,
+        experiment.max_faulty_steps,
+        [*logged, *([] if unevaluated is None else [unevaluated["metrics"]])],
+    )
     if latest is None or state is None:
-        return program.init_state(), batches, timings, None
+        return program.init_state(), batches, timings, faults, None
     checkpoints.restore_data(latest, batches)
-    return state, batches, timings, unevaluated
+    return state, batches, timings, faults, unevaluated
 
 
 class _Loop:
@@ -251,6 +274,7 @@ class _Loop:
         folder,
         observers,
         timings,
+        faults,
         signals,
         rescue,
     ):
@@ -259,6 +283,7 @@ class _Loop:
         self._checkpoints, self._folder = checkpoints, folder
         self._observers: Sequence[Observer] = observers
         self._timings: Timings = timings
+        self._fault_log: FaultLog = faults
         self._signals: StopSignals = signals
         self._rescue: Callable[..., RunFolderError] = rescue
         self._fault: str | None = None
@@ -287,14 +312,16 @@ class _Loop:
             for observer in self._observers:
                 observer.begin(step)
             with self._timings.waiting():
-                batch = self._program.place(next(batches))
+                rows = next(batches)
+                batch = self._program.place(rows)
             state, metrics = self._step(state, batch)
+            self._fault_log.follow(step, rows, batch, metrics.pop(REPORT))
             last = step == experiment.num_steps
             evaluate = last or step % experiment.evaluate_every == 0
             save = last or step % experiment.checkpoint_every == 0
             if unlogged is not None:
                 # Fetched only now, while this step computes.
-                logged, values = unlogged[0], jax.device_get(unlogged[1])
+                logged, values = unlogged[0], self._fetch(*unlogged)
                 self._timings.stop(logged)
                 self._log(logged, values)
                 self._timings.start()
@@ -302,7 +329,9 @@ class _Loop:
             if evaluate or save:
                 jax.block_until_ready(state)
                 self._timings.stop(step)
-                self._evaluate_and_log(step, state, jax.device_get(metrics), evaluate)
+                self._evaluate_and_log(
+                    step, state, self._fetch(step, metrics), evaluate
+                )
                 if save:
                     self._save(step, state, batches)
                 self._timings.start()
@@ -312,7 +341,7 @@ class _Loop:
             if (stopped is not None or self._fault is not None) and not last:
                 if unlogged is not None:
                     self._timings.stop(step)
-                    self._log(step, jax.device_get(metrics))
+                    self._log(step, self._fetch(step, metrics))
                 if not save:
                     self._save(step, state, batches)
                 self._finish(step, state, batches)
@@ -320,6 +349,21 @@ class _Loop:
                 raise StoppedError(stopped)
         self._finish(experiment.num_steps, state, batches)
         return state
+
+    def _fetch(self, step: int, metrics: Metrics) -> dict[str, Any]:
+        """A step's metrics on the host, with the faults since the line before."""
+        values = jax.device_get(metrics)
+        self._append([(SPIKES, line) for line in self._fault_log.take(step)])
+        return {**values, **self._fault_log.line()}
+
+    def _append(self, lines: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """Adds lines to logs, and keeps them should that fail."""
+        for name, content in lines:
+            self._unwritten.lines.append((name, content))
+            with self._noting_faults():
+                self._folder.append(name, content)
+        if self._fault is None:
+            self._unwritten.lines.clear()
 
     def _enter(self, step: int, phase: str) -> None:
         for observer in self._observers:
@@ -358,18 +402,16 @@ class _Loop:
         self, step: int, metrics: Mapping, scores: Mapping[str, float] | None = None
     ) -> None:
         line, timing = to_json(metrics) | dict(scores or {}), self._timings.line()
-        for name, content in ((METRICS, {"step": step, **line}), (TIMINGS, timing)):
-            self._unwritten.lines.append((name, content))
-            with self._noting_faults():
-                self._folder.append(name, content)
-        if self._fault is None:
-            self._unwritten.lines.clear()
+        self._append([(METRICS, {"step": step, **line}), (TIMINGS, timing)])
         for observer in self._observers:
             observer.update(step, line, timing, evaluated=bool(scores))
+        self._fault_log.check()
 
     def _save(
         self, step: int, state: TrainState, batches: grain.DatasetIterator
     ) -> None:
+        self._append([(SPIKES, line) for line in self._fault_log.take(step)])
+        self._fault_log.check()
         if self._fault is not None:
             return
         self._enter(step, "saving")

@@ -14,12 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mtl_jax.data.batch import Batch
 from mtl_jax.data.mixture import stack_records
 from mtl_jax.optim import Aggregator, Balancer, from_balancer
+from mtl_jax.optim import sum as plain_sum
 from mtl_jax.sharding import make_mesh, param_shardings, spec
 from mtl_jax.sharding.distributed import local_rows
 from mtl_jax.sharding.rules import is_boxed, path_name
+from mtl_jax.train.debug_nans import checking, raising
 from mtl_jax.train.experiment import Experiment, MeshShape
+from mtl_jax.train.faults import no_faults
 from mtl_jax.train.flops import count_flops
 from mtl_jax.train.gradients import (
+    EMPTY,
     GradientFunction,
     at_features,
     at_params,
@@ -142,20 +146,38 @@ class Program:
 
         The state is donated. FLOPs are those of a whole step on all devices.
         """
-        state = jax.tree.map(
+        with self.scope():
+            traced = jax.jit(
+                self.step,
+                donate_argnums=0,
+                out_shardings=(self.state_shardings, self.replicated),
+            ).trace(self._placed_state(), self.abstract_batch())
+            return traced.lower().compile(), count_flops(traced.jaxpr)
+
+    def compile_checked_step(self) -> tuple[Step, int]:
+        """As `compile_step`, of a step that fails where it computes a NaN.
+
+        It says which operation makes the first, waits for its own end, and takes longer
+        to compile and to run.
+        """
+        with self.scope():
+            state, batch = self._placed_state(), self.abstract_batch()
+            flops = count_flops(jax.jit(self.step).trace(state, batch).jaxpr)
+            outputs = self.state_shardings, self.replicated
+            checked = jax.jit(
+                checking(self.step), out_shardings=(self.replicated, outputs)
+            )
+            return raising(checked.lower(state, batch).compile()), flops
+
+    def _placed_state(self) -> TrainState:
+        """Shapes, types and shardings of the state, unboxed."""
+        return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=sharding
             ),
             nn.unbox(self.abstract_state),
             self.state_shardings,
         )
-        with self.scope():
-            traced = jax.jit(
-                self.step,
-                donate_argnums=0,
-                out_shardings=(self.state_shardings, self.replicated),
-            ).trace(state, self.abstract_batch())
-            return traced.lower().compile(), count_flops(traced.jaxpr)
 
 
 def build_program(
@@ -206,6 +228,7 @@ def build_program(
         _sharpened(gradient_function, objective, experiment),
         optimizer,
         tuple(task.name for task in experiment.tasks),
+        experiment.non_finite,
     )
     if isinstance(method, Balancer) and method.observe is not None:
         step = observing(step, objective, method)
@@ -221,6 +244,7 @@ def build_program(
             optimizer.init(params),  # type: ignore[arg-type]
             step_key,
             experiment.model.init_collections(params_key, experiment.inputs),
+            no_faults(num_tasks),
         )
 
     abstract_state = jax.eval_shape(init, jax.random.key(0))
@@ -297,13 +321,17 @@ def _sharpened(
 ) -> GradientFunction:
     if experiment.sharpness is None:
         return gradient_function
-    summed = jax.value_and_grad(objective.summed_loss)
-    return experiment.sharpness(
-        gradient_function,
-        ascent=lambda params, batch, key, aggregator_state, collections=None: summed(
-            params, batch, key, collections
-        ),
-    )
+    # Uphill of the plain sum of all losses, but for those of tasks at fault.
+    num_tasks = len(experiment.tasks)
+    take = at_params if objective.model.task_conditioned else at_features
+    summed = take(objective, plain_sum(num_tasks))
+
+    def ascent(params, batch, key, aggregator_state, collections=EMPTY):
+        del aggregator_state
+        state = plain_sum(num_tasks).init(params["trunk"])
+        return summed(params, batch, key, state, collections)
+
+    return experiment.sharpness(gradient_function, ascent=ascent)
 
 
 def count_parameters(program: Program) -> tuple[int, int]:

@@ -22,6 +22,8 @@ class TrainState:
       key: PRNG key of the run; the key of a step is this one folded with its number.
       collections: What the trunk keeps besides its parameters and changes in training,
         such as the biases of a router without auxiliary losses; mostly empty.
+      faults: What is remembered of numerical faults, a `mtl_jax.train.faults`
+        ``FaultState``.
     """
 
     step: Int[Array, ""]
@@ -30,6 +32,7 @@ class TrainState:
     optimizer_state: optax.OptState
     key: Key[Array, ""]
     collections: Mapping = dataclasses.field(default_factory=dict)
+    faults: Any = None
 
     @property
     def variables(self) -> Mapping:

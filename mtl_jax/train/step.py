@@ -11,6 +11,14 @@ from jaxtyping import Array, Float
 
 from mtl_jax.data.batch import Batch
 from mtl_jax.optim import Balancer, conflict_rate, cosine_similarity
+from mtl_jax.train.faults import (
+    REPORT,
+    FaultReport,
+    NonFinite,
+    keep_if,
+    must_skip,
+    take_note,
+)
 from mtl_jax.train.gradients import Evaluation, GradientFunction
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.state import TrainState
@@ -33,14 +41,20 @@ def make_train_step(
     gradient_function: GradientFunction,
     optimizer: optax.GradientTransformation,
     task_names: tuple[str, ...],
+    non_finite: NonFinite = "leave_out",
 ) -> Step:
     """One step of training.
+
+    A step that must be skipped leaves parameters, collections and the states of
+    optimizer and aggregator as they were; its number and the data go on.
 
     Args:
       gradient_function: From `mtl_jax.train.gradients`, perhaps made
         sharpness-aware.
       optimizer: Optax chain that turns the aggregated gradient into an update.
       task_names: Names of the tasks in order, for the metrics.
+      non_finite: Whether a task whose loss or gradient is not finite is left out of the
+        step (``leave_out``), or the step skipped (``skip``).
 
     Returns:
       A pure function ``(state, batch) -> (state, metrics)``, to be jitted.
@@ -54,28 +68,38 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(
             gradient, state.optimizer_state, state.params
         )
-        params = optax.apply_updates(state.params, updates)
+        gradient_norm = optax.tree.norm(gradient)
+        kept = state.aggregator_state, state.collections
+        skipped = must_skip(evaluation, gradient_norm, kept, non_finite)
+        after = TrainState(
+            state.step + 1,
+            optax.apply_updates(state.params, updates),  # type: ignore[arg-type]
+            evaluation.aggregator_state,
+            optimizer_state,
+            state.key,
+            evaluation.collections,
+            state.faults,
+        )
+        before = dataclasses.replace(state, step=after.step)
+        state = keep_if(skipped, before, after)
+        parameter_norm = optax.tree.norm(state.params)
+        faults, report = take_note(state.faults, evaluation, skipped, parameter_norm)
+        state = dataclasses.replace(state, faults=faults)
         metrics = {
             **task_metrics(evaluation, task_names),
-            "all/loss": jnp.sum(evaluation.losses),
+            "all/loss": jnp.sum(jnp.where(evaluation.active, evaluation.losses, 0.0)),
             "all/auxiliary_loss": evaluation.auxiliary_loss,
-            "all/gradient_norm": optax.tree.norm(gradient),
+            "all/gradient_norm": gradient_norm,
             "all/update_norm": optax.tree.norm(updates),
-            "all/parameter_norm": optax.tree.norm(params),
+            "all/parameter_norm": parameter_norm,
             "all/learning_rate": optax.tree.get(
                 optimizer_state,
                 "learning_rate",
                 filtering=lambda _, value: isinstance(value, jax.Array),
             ),
+            "all/skipped_steps": skipped.astype(jnp.int32),
+            REPORT: report,
         }
-        state = TrainState(
-            state.step + 1,
-            params,  # type: ignore[arg-type]
-            evaluation.aggregator_state,
-            optimizer_state,
-            state.key,
-            evaluation.collections,
-        )
         return state, {k: v for k, v in metrics.items() if v is not None}
 
     return step
@@ -99,8 +123,10 @@ def observing(step: Step, objective: Objective, balancer: Balancer) -> Step:
         key = jax.random.fold_in(state.key, state.step)
         state, metrics = step(state, batch)
         losses, _ = objective.losses(state.params, batch, key, state.collections)
-        balance = state.aggregator_state
-        memory = observe(losses, balance.memory, objective.label_counts(batch) > 0)
+        balance, report = state.aggregator_state, FaultReport(*metrics[REPORT])
+        took_part = (objective.label_counts(batch) > 0) & (report.faulty == 0)
+        memory = observe(losses, balance.memory, took_part & jnp.isfinite(losses))
+        memory = keep_if(report.skipped[0] > 0, balance.memory, memory)
         state = dataclasses.replace(
             state,
             aggregator_state=balance._replace(memory=memory),
@@ -124,6 +150,7 @@ def task_metrics(evaluation: Evaluation, task_names: tuple[str, ...]) -> dict[st
     for k, task in enumerate(task_names):
         metrics[f"{task}/loss"] = evaluation.losses[k]
         metrics[f"{task}/gradient_norm"] = norms[k]
+        metrics[f"{task}/left_out"] = evaluation.faulty[k].astype(jnp.int32)
         if weights is not None:
             metrics[f"{task}/weight"] = weights[k]
         blocks = evaluation.statistics[task]

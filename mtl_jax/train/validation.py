@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -16,6 +17,7 @@ from mtl_jax.tasks.metrics import Metric
 from mtl_jax.tasks.task import Task
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.model_validation import (
+    calling,
     check_heads,
     check_kind,
     check_trunk,
@@ -85,6 +87,7 @@ def _check_numbers(experiment: Experiment) -> None:
         "log_every",
         "evaluation_batch_size",
         "evaluation_examples",
+        "max_faulty_steps",
     ):
         value = getattr(experiment, name)
         if value is not None and value < 1:
@@ -110,6 +113,10 @@ def _check_numbers(experiment: Experiment) -> None:
         raise ValueError(
             f'gradients_at is {experiment.gradients_at!r}; use "params" or "features"'
         )
+    if experiment.non_finite not in ("leave_out", "skip"):
+        raise ValueError(
+            f'non_finite is {experiment.non_finite!r}; use "leave_out" or "skip"'
+        )
 
 
 def _check_names(experiment: Experiment) -> None:
@@ -120,14 +127,14 @@ def _check_names(experiment: Experiment) -> None:
         )
     for name in (*names, *experiment.mixture.components):
         # They are parts of the flat names in metrics and samples.
-        if not name or "/" in name or name == "all":
+        if not name.strip() or "/" in name or name == "all" or not name.isprintable():
             raise ValueError(
                 f"{name!r} is no name for a task or a mixture component; choose one "
-                'that is neither empty nor "all" and has no "/"'
+                'that is neither empty nor "all", can be printed and has no "/"'
             )
     for task in experiment.tasks:
         metrics = [metric.name for metric in task.metrics]
-        taken = {"loss", "test_loss", "gradient_norm", "weight"}
+        taken = {"loss", "test_loss", "gradient_norm", "weight", "left_out"}
         taken |= set(ROUTER_METRICS.values())
         if not metrics or len(set(metrics)) < len(metrics) or taken & set(metrics):
             raise ValueError(
@@ -192,7 +199,9 @@ def _check_records(experiment: Experiment) -> None:
                     )
             # A file that was cut off has its first records, but not its last.
             for index in (0, len(records) - 1):
-                _check_record(where, records, records[index], readers)
+                with calling(f"{where} cannot be read at record {index}"):
+                    record = records[index]
+                _check_record(where, records, record, readers)
         shape = component.train.fields[component.input_field].shape
         if len(shape) != 3:
             raise ValueError(
@@ -263,7 +272,7 @@ def _check_augment(source: str, component: Component, fields: Iterable[str]) -> 
     for _ in range(8):
         try:
             record = component.augment(component.train[0], rng)
-        except (LookupError, MemoryError, TypeError, ValueError) as error:
+        except Exception as error:  # it may be anybody's function
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{path} fails on a record of that source: {reason}"
@@ -290,13 +299,11 @@ def _check_factories(experiment: Experiment) -> None:
                 f"{name}.{argument} is {make.keywords[argument]!r}; leave it out, as "
                 f"the experiment gives {value}"
             )
-        try:
+        with calling(
+            f"{name} cannot be called with {argument}",
+            f"use fdl.Partial of a function that takes that{remedy}",
+        ):
             made = make(**{argument: value})
-        except TypeError as error:
-            raise ValueError(
-                f"{name} cannot be called with {argument} ({error}); use fdl.Partial "
-                f"of a function that takes that{remedy}"
-            ) from error
         if name == "optimizer" and not isinstance(made, optax.GradientTransformation):
             raise ValueError(
                 f"optimizer makes a {type(made).__name__}; it must make an "
@@ -309,3 +316,14 @@ def _check_factories(experiment: Experiment) -> None:
                 f"{name} is a {type(value).__name__}; use fdl.Partial of a function, "
                 "or None"
             )
+    if experiment.sharpness is not None:
+        with calling(
+            "sharpness cannot be called with a gradient function and ascent",
+            "use fdl.Partial of a function that takes those, with all that it needs",
+        ):
+            experiment.sharpness(_no_gradients, ascent=_no_gradients)
+
+
+def _no_gradients(*_: Any) -> Any:
+    """Stands for a gradient function where nothing is computed yet."""
+    raise ValueError("sharpness computes gradients where it should make a function")
