@@ -1,7 +1,7 @@
 """What it costs that runs cannot be lost.
 
     python benchmarks/reliability.py save_restore
-    python benchmarks/reliability.py stall --minutes 3
+    python benchmarks/reliability.py stall
 
 Each prints a table in Markdown, for docs/reliability.md. `--parameters` makes the state
 smaller, to try it. Measure on a machine that does nothing else.
@@ -13,6 +13,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,15 +30,15 @@ from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.state import TrainState
 
 LAYERS = 12
-SAVES_EVERY_SECONDS = 60.0
+SECONDS_BEFORE = 10.0
+"""Of steps before each save."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["save_restore", "stall"])
     parser.add_argument("--parameters", type=float, default=100e6)
-    parser.add_argument("--repeats", type=int, default=7, help="of save_restore")
-    parser.add_argument("--minutes", type=float, default=5, help="of stall")
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--folder", type=Path, default=None, help="on the disk to measure"
     )
@@ -46,7 +47,7 @@ def main() -> None:
         if options.what == "save_restore":
             save_restore(Path(folder), options.parameters, options.repeats)
         else:
-            stall(Path(folder), options.parameters, options.minutes)
+            stall(Path(folder), options.parameters, options.repeats)
 
 
 def make_state(num_parameters: float) -> TrainState:
@@ -131,38 +132,53 @@ def seconds(function: Callable) -> float:
     return time.perf_counter() - start
 
 
-def stall(folder: Path, num_parameters: float, minutes: float) -> None:
-    """What saving once a minute takes from training: waiting, and slower steps.
+def stall(folder: Path, num_parameters: float, saves: int) -> None:
+    """What a save takes from training: waiting, and slower steps while it is written.
 
-    Minutes with a save at their beginning take turns with minutes without, so that what
-    else the machine does falls on both alike.
+    Steps right before a save are the measure of those during it, so that what else the
+    machine does falls on both alike.
     """
     state = make_state(num_parameters)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params)) * 3 / 1e9
     data = iter(grain.MapDataset.range(9).to_iter_dataset())
     step = make_step(state)
     checkpoints = Checkpoints(folder)
-    state = step(state)
-    blocked, done = [], {True: 0, False: 0}
-    for number in range(2 * max(1, round(minutes))):
-        saves = number % 2 == 0
+    rows = []
+    # The first one warms up.
+    for number in range(saves + 1):
+        before = []
+        while sum(before) < SECONDS_BEFORE:
+            state, took = timed(step, state)
+            before.append(took)
         began = time.perf_counter()
-        if saves:
-            checkpoints.save(number + 1, state, data)
-            blocked.append(time.perf_counter() - began)
-        while time.perf_counter() - began < SAVES_EVERY_SECONDS:
-            state = jax.block_until_ready(step(state))
-            done[saves] += 1
-        checkpoints.wait()
+        checkpoints.save(number, state, data)
+        blocked = time.perf_counter() - began
+        waiting = threading.Thread(target=checkpoints.wait)
+        waiting.start()
+        during = []
+        while waiting.is_alive():
+            state, took = timed(step, state)
+            during.append(took)
+        usual = statistics.mean(before)
+        rows.append((blocked, sum(during), sum(during) - len(during) * usual))
     checkpoints.close()
-    lost = 1 - done[True] / done[False]
-    share = statistics.mean(blocked) / SAVES_EVERY_SECONDS
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params)) * 3 / 1e9
-    print(f"\nA state of {size:.2f} GB, saved once a minute, {len(blocked)} times\n")
-    print("| | share of the time |\n|---|---|")
-    print(f"| `save` returns after {statistics.mean(blocked):.2f} s | {share:.2%} |")
-    print(
-        f"| steps that are not done, of {done[False]}, waiting included | {lost:.2%} |"
+    blocked, written, slower = (
+        statistics.median(column) for column in zip(*rows[1:], strict=True)
     )
+    print(f"\nA state of {size:.2f} GB, median of {saves} saves\n")
+    print("| | seconds | share of a minute |\n|---|---|---|")
+    for name, value in (
+        ("training waits for `save`", blocked),
+        ("steps take longer meanwhile, in all", slower),
+        ("both: what one save a minute takes", blocked + slower),
+    ):
+        print(f"| {name} | {value:.2f} | {value / 60:.2%} |")
+    print(f"\nIt is written in the background in {written:.1f} s.")
+
+
+def timed(step: Callable, state: TrainState) -> tuple[TrainState, float]:
+    start = time.perf_counter()
+    return jax.block_until_ready(step(state)), time.perf_counter() - start
 
 
 def make_step(state: TrainState) -> Callable[[TrainState], TrainState]:

@@ -33,7 +33,7 @@ from mtl_jax.train.integrity import (
 from mtl_jax.train.run_folder import RunFolderError
 from mtl_jax.train.state import TrainState
 
-FILE_BYTES = 2**28
+FILE_BYTES = 2**27
 """Bytes at which arrays go to a new file, so that threads can check several at once."""
 
 

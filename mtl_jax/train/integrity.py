@@ -148,7 +148,8 @@ def check_contents(folder: Path, entries: Mapping[str, Entry]) -> None:
       DamagedCheckpointError: If one has another content.
       RunFolderError: If one cannot be read.
     """
-    names = sorted(entries)
+    # The largest first, so that no thread is left alone with one at the end.
+    names = sorted(entries, key=lambda name: (-entries[name].size, name))
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = pool.map(lambda name: _sha256_of(folder, name), names)
         for name, digest in zip(names, hashes, strict=True):
