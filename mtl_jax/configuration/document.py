@@ -7,14 +7,14 @@ from typing import Any
 import fiddle as fdl
 from fiddle.experimental import serialization
 
-from mtl_jax.configuration.fields import leaves
+from mtl_jax.configuration.fields import leaves, short
 from mtl_jax.configuration.loading import full_name
 
 # What Fiddle raises for values that it cannot write.
 _UNSERIALIZABLE = (
     *(serialization.UnserializableValueError, AttributeError, ImportError),
     # Names that it cannot split, and what is neither a function nor a plain value.
-    *(TypeError, ValueError, RecursionError),
+    *(serialization.PyrefPolicyError, TypeError, ValueError, RecursionError),
 )
 
 
@@ -48,7 +48,7 @@ def _check_serializable(path: str, value: Any) -> None:
     try:
         serialization.dump_json(value)
     except _UNSERIALIZABLE as error:
-        name = getattr(value, "__qualname__", None) or repr(value)
+        name = getattr(value, "__qualname__", None) or short(value)
         raise ValueError(
             f"{path} is {name}, which config.json cannot name: put functions and "
             "classes of your own at the top level of a module beside the config, not "

@@ -14,6 +14,8 @@ from typing import Any
 
 import fiddle as fdl
 
+FLOAT32_MAX = 3.4028234663852886e38
+
 
 def build(config: fdl.Config) -> Any:
     """The experiment of a config.
@@ -145,12 +147,12 @@ def _checked(value: Any, expected: Any, path: str) -> Any:
         try:
             return float(value)
         except OverflowError as error:
-            raise ValueError(f"{path} is {_short(value)}; it must be finite") from error
+            raise ValueError(f"{path} is {short(value)}; it must be finite") from error
     described = getattr(expected, "__name__", None) or str(expected)
     if typing.get_origin(expected) is not None:
         described = str(expected).replace("typing.", "")
     raise ValueError(
-        f"{path} is {_short(value)} of type {type(value).__name__}; it must be "
+        f"{path} is {short(value)} of type {type(value).__name__}; it must be "
         f"{described}"
     )
 
@@ -160,16 +162,18 @@ def _check_numbers(value: Any, path: str) -> None:
     for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, list | tuple):
             _check_numbers(number, path)
-        elif isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f"{path} is {_short(value)}; it must be finite")
+        elif isinstance(number, float) and not abs(number) <= FLOAT32_MAX:
+            limit = f"less than {FLOAT32_MAX:.2g}, as numbers have 32 bits"
+            must = limit if math.isfinite(number) else "finite"
+            raise ValueError(f"{path} is {short(value)}; it must be {must}")
         elif isinstance(number, int) and abs(number) >= 2**63:
             raise ValueError(
-                f"{path} is {_short(value)}; it must be less than 2**63, as numbers "
+                f"{path} is {short(value)}; it must be less than 2**63, as numbers "
                 "have 64 bits"
             )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """What a value is, in a line that is never long."""
     try:
         text = repr(value)
@@ -200,11 +204,11 @@ def _fits(value: Any, expected: Any) -> bool:
 
 def _is_plain(expected: Any) -> bool:
     """Whether a type is made of numbers, strings, tuples and None alone."""
-    origin = typing.get_origin(expected)
-    if origin in (typing.Union, types.UnionType):
-        return all(map(_is_plain, typing.get_args(expected)))
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType, tuple):
+        return all(_is_plain(item) for item in arguments if item is not ...)
     plain = (bool, int, float, str, tuple, None, type(None))
-    return expected in plain or origin in (tuple, typing.Literal)
+    return expected in plain or origin is typing.Literal
 
 
 def _items_fit(items: tuple, expected: tuple) -> bool:
@@ -249,7 +253,10 @@ def _leaves(
     node: Any, path: str, expected: Any = Any
 ) -> Iterator[tuple[str, Any, Any]]:
     prefix = f"{path}." if path else ""
-    if isinstance(node, fdl.Buildable):
+    if _is_plain(expected):
+        # Whatever is there is checked as a whole.
+        yield path, node, expected
+    elif isinstance(node, fdl.Buildable):
         function = fdl.get_callable(node)
         if path:
             yield path, function, Any

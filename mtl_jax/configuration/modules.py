@@ -27,9 +27,10 @@ def explained(path: Path) -> Iterator[None]:
         if isinstance(error, SyntaxError) and error.filename == str(path.resolve()):
             lines.append(error.lineno)
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        raise ValueError(
-            f"{where}: {type(error).__name__}: {error}; mend the file"
-        ) from error
+        # As a traceback says it, whatever the error's own method to write it does.
+        described = traceback.format_exception_only(error)
+        reason = next(line for line in described if not line.startswith(" ")).strip()
+        raise ValueError(f"{where}: {reason}; mend the file") from error
 
 
 def module_of(

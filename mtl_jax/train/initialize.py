@@ -19,12 +19,14 @@ def check_initialize(initialize: Callable[[PyTree], PyTree], params: PyTree) -> 
 
     Raises:
       ValueError: If it makes other shapes or types than those of ``params``, or fails
-        by a ValueError or OSError of its own.
+        by itself.
     """
     try:
         made = jax.eval_shape(initialize, params)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"initialize: {error}") from error
+    except Exception as error:  # it may be anybody's function
+        known = isinstance(error, OSError | ValueError)
+        kind = "" if known else f"{type(error).__name__}: "
+        raise ValueError(f"initialize: {kind}{error}") from error
     _check_fits(made, params)
 
 

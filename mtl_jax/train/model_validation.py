@@ -1,7 +1,8 @@
 """Checks of a model before anything is compiled: trunk, experts, heads, losses."""
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,28 @@ def check_kind(path: str, value: Any, kind: type) -> None:
         raise ValueError(
             f"{path} is {value!r}; it must be a {kind.__name__}, or fdl.Config of one"
         )
+
+
+@contextlib.contextmanager
+def calling(what: str, remedy: str = "mend it") -> Iterator[None]:
+    """Explains what a config's functions raise where they are tried.
+
+    A ValueError or OSError says itself what is wrong, in words for the user.
+
+    Args:
+      what: What is tried, such as "optimizer cannot be called".
+      remedy: What to do.
+
+    Raises:
+      ValueError: With the reason, for whatever else is raised inside.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever these functions raise for their arguments
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+        raise ValueError(f"{what} ({reason}); {remedy}") from error
 
 
 def check_trunk(experiment: Experiment) -> None:
@@ -68,7 +91,11 @@ def _check_experts(path: str, make: Any) -> None:
             f"{path} is a {type(make).__name__}; it must make one: use fdl.Partial "
             "rather than fdl.Config"
         )
-    moe: Any = make()
+    with calling(
+        f"{path} cannot be called",
+        "use fdl.Partial of a class of experts, with all that it needs",
+    ):
+        moe: Any = make()
     check_kind(f"{path}()", moe, nn.Module)
     _check_sizes(path, moe, ("num_experts", "expert_hidden", "group_size"))
     _check_sizes(path, moe, ("num_selected",), most=moe.num_experts)
@@ -80,7 +107,12 @@ def _check_experts(path: str, make: Any) -> None:
             f"{path}.router is a {type(router).__name__}; it must make one: use "
             "fdl.Partial rather than fdl.Config"
         )
-    made: Any = router(num_experts=moe.num_experts, num_selected=moe.num_selected)
+    with calling(
+        f"{path}.router cannot be called with num_experts and num_selected",
+        "use fdl.Partial of a class of routers",
+    ):
+        made: Any = router(num_experts=moe.num_experts, num_selected=moe.num_selected)
+    check_kind(f"{path}.router()", made, nn.Module)
     for name, value in vars(made).items():
         if name.endswith(("_std", "_weight")) and value < 0:
             raise ValueError(f"{path}.router.{name} is {value}; it must be at least 0")
@@ -119,13 +151,8 @@ def check_heads(experiment: Experiment, runs_here: bool) -> None:
     def init(key: jax.Array) -> tuple:
         return model.init(key, inputs), model.init_collections(key, inputs)
 
-    try:
+    with calling("the trunk or a head cannot be built", "check its sizes and parts"):
         params, collections = nn.unbox(jax.eval_shape(init, key))
-    except (ArithmeticError, MemoryError, TypeError) as error:
-        # What layers raise for sizes that they do not check.
-        raise ValueError(
-            f"the trunk or a head cannot be built ({error}); check its sizes"
-        ) from error
     leaves = jax.tree.leaves(params)
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     if runs_here and needed > _device_memory():
@@ -142,22 +169,31 @@ def check_heads(experiment: Experiment, runs_here: bool) -> None:
             image = component.train.fields[component.input_field]
             label = component.train.fields[task.field]
             batch = experiment.group_size
-            prediction = jax.eval_shape(
-                lambda params, collections, images, name=task.name: model.apply_head(
-                    params["heads"][name],
-                    model.apply_trunk(
-                        repeat(params["trunk"], 1),
-                        images,
-                        (name,),
-                        train=False,
-                        collections=collections,
-                    ).features[0],
-                    name,
-                ),
-                params,
-                collections,
-                jax.ShapeDtypeStruct((batch, *image.shape), jnp.dtype(image.dtype)),
-            )
+            images = jax.ShapeDtypeStruct((batch, *image.shape), jnp.dtype(image.dtype))
+
+            def predict(
+                params: Any, collections: Any, images: Any, name: str = task.name
+            ) -> jax.Array:
+                output = model.apply_trunk(
+                    repeat(params["trunk"], 1),
+                    images,
+                    (name,),
+                    train=False,
+                    collections=collections,
+                )
+                return model.apply_head(params["heads"][name], output.features[0], name)
+
+            with calling(
+                f"the trunk or the head of task {task.name!r} cannot be applied to the "
+                f"images of source {source!r}",
+                "check its sizes and parts",
+            ):
+                prediction = jax.eval_shape(predict, params, collections, images)
+            if not hasattr(prediction, "shape"):
+                raise ValueError(
+                    f"the head of task {task.name!r} predicts {prediction!r}; it must "
+                    "predict an array"
+                )
             expected = label.shape
             if label.num_classes is not None:
                 expected = (*expected, label.num_classes)
@@ -185,7 +221,7 @@ def _check_loss(
         for metric in task.metrics:
             name = f"metric {metric.name!r}"
             jax.eval_shape(metric.update, prediction, target, mask)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # it may be anybody's function
         raise ValueError(
             f"the {name} of task {task.name!r} does not take predictions "
             f"{prediction.dtype} {prediction.shape} and targets {target.dtype} "
