@@ -99,7 +99,9 @@ def _panel(view: RunView, width: int, tasks: int | None, ascii_only: bool) -> Pa
         Text.assemble(("* " if ascii_only else "● "), clean(view.status), style=style)
     ]
     if view.step is not None:
-        parts += [_progress(view), Text(_speed(view), "dim")]
+        parts.append(_progress(view))
+    if speed := _speed(view):
+        parts.append(Text(speed, "dim"))
     if view.tasks:
         parts.append(_tasks(view, inner, tasks, ascii_only))
     for problem in view.problems:

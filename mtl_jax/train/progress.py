@@ -53,6 +53,7 @@ class ProgressDisplay:
             "train", total=num_steps, completed=first_step, speed=""
         )
         self._values: dict[str, Any] = {}
+        self._speed, self._paused = "", False
         self._started = time.monotonic()
         self._live = (
             Live(self._render(), console=self._console, refresh_per_second=4)
@@ -72,10 +73,14 @@ class ProgressDisplay:
 
     def phase(self, step: int, name: str) -> None:
         """Says what the run does instead of training."""
+        self._paused = True
         self._bar.update(self._task, completed=step, speed=f"{name} ...")
 
     def begin(self, step: int) -> None:
-        """Nothing is shown of a step that is not done."""
+        """Shows the speed again after something else than a step."""
+        if self._paused:
+            self._paused = False
+            self._bar.update(self._task, speed=self._speed)
 
     def update(
         self,
@@ -93,11 +98,11 @@ class ProgressDisplay:
           evaluated: Whether the metrics hold those of an evaluation.
         """
         self._values.update(metrics)
-        speed = (
+        self._speed = (
             f"{timing['examples_per_second']:.0f} examples/s, "
             f"{timing['input_stall']:.1%} waiting for data"
         )
-        self._bar.update(self._task, completed=step, speed=speed)
+        self._bar.update(self._task, completed=step, speed=self._speed)
         if self._live:
             self._live.update(self._render())
         elif evaluated:
@@ -107,7 +112,7 @@ class ProgressDisplay:
             )
             seconds = time.monotonic() - self._started
             self._console.print(
-                f"step {step}, {seconds:.0f} s, {speed}: loss "
+                f"step {step}, {seconds:.0f} s, {self._speed}: loss "
                 f"{_number(metrics['all/loss'], 3)}; {scores}",
                 soft_wrap=True,
                 highlight=False,
