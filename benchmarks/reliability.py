@@ -68,7 +68,8 @@ def make_state(num_parameters: float) -> TrainState:
             for i in range(LAYERS)
         }
 
-    moments = optax.ScaleByAdamState(jnp.int32(1), tree(1000), tree(2000))
+    squares = jax.tree.map(jnp.square, tree(2000))
+    moments = optax.ScaleByAdamState(jnp.int32(1), tree(1000), squares)
     return jax.block_until_ready(
         TrainState(jnp.int32(1), tree(0), (), (moments,), jax.random.key(1))
     )
