@@ -1,10 +1,16 @@
 """No damage to a checkpoint goes unseen, and a run continues from the one before."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import random
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import grain
 import jax
@@ -278,3 +284,46 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(folder, read):
     checkpoints.close()
     assert {path.name for path in folder.iterdir()} == {"4", "6"}
     assert read(folder).restore_newest(lambda: state(0))[0] == 6
+
+
+def free_port():
+    """A port that nobody listens on, and that no outgoing connection is given."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+
+
+def test_all_processes_pass_over_what_one_of_them_finds_damaged(tmp_path):
+    coordinator = f"127.0.0.1:{free_port()}"
+    worker = Path(__file__).with_name("checkpoint_of_several.py")
+    both = [
+        subprocess.Popen(
+            [sys.executable, worker, coordinator, str(process), tmp_path / "several"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(worker.parents[2])},
+        )
+        for process in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    for out, err in outputs:
+        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        first, second, third = lines
+        assert first == "restored 2, and there are [2, 4]", err
+        assert second == "restored 2, and there are [2]"
+        assert "2 is damaged (state/_METADATA is missing)" in third
+    warnings = [
+        [line for line in err.splitlines() if "mtl-jax:" in line] for _, err in outputs
+    ]
+    assert not warnings[1]
+    passed, aside = warnings[0]
+    assert "4 is damaged (state/ocdbt.process_1/d/" in passed
+    assert "passed over, and that of step 2" in passed
+    assert "its new name is 4.damaged" in aside
+    assert (tmp_path / "several" / "4.damaged").is_dir()

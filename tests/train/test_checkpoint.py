@@ -77,3 +77,22 @@ def test_what_differs_is_named(saved, like, expected):
     with pytest.raises(RunFolderError, match=expected) as error:
         saved.restore_state(2, like)
     assert "checkpoints/2 does not fit the config" in str(error.value)
+
+
+def test_steps_that_reuse_the_memory_of_a_state_do_not_change_what_is_saved(tmp_path):
+    """They go on while it is written."""
+    step = jax.jit(
+        lambda state: dataclasses.replace(
+            state, params=jax.tree.map(lambda leaf: leaf + 1, state.params)
+        ),
+        donate_argnums=0,
+    )
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    moving = step(state(width=2**20))
+    checkpoints.save(3, moving, batches())
+    for _ in range(10):
+        moving = step(moving)
+    checkpoints.wait()
+    kernel = checkpoints.restore_state(3, state(width=2**20)).params["trunk"]["kernel"]
+    checkpoints.close()
+    np.testing.assert_array_equal(kernel, np.full((2, 2**20), 2.0))
