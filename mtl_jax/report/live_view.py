@@ -127,7 +127,12 @@ def _progress(view: RunView) -> Table:
     ends = view.mood in ("working", "quiet") and left is not None
     grid.add_row(
         f"step {step:,} / {total:,}",
-        ProgressBar(total=max(total, 1), completed=min(step, total)),
+        ProgressBar(
+            total=max(total, 1),
+            completed=min(step, total),
+            complete_style=STYLES[view.mood],
+            finished_style=STYLES[view.mood],
+        ),
         f"{step / max(total, 1):.0%}"
         + (f", {duration_text(left)} left" if ends else ""),
     )
@@ -177,7 +182,7 @@ def _tasks(view: RunView, width: int, most: int | None, ascii_only: bool) -> Tab
         table.add_row(
             name,
             format_value(losses[-1] if losses else None),
-            Text(sparkline(losses, spark, bars), "cyan"),
+            Text(sparkline(_logarithms(losses), spark, bars), "cyan"),
             metric,
             format_value(None) if score is None else score_text(score),
             Text(sparkline(scores, spark, bars), "green"),
@@ -210,6 +215,11 @@ def _tasks(view: RunView, width: int, most: int | None, ascii_only: bool) -> Tab
         "bold",
     )
     return table
+
+
+def _logarithms(values: Sequence[float]) -> list[float]:
+    """So that the first steps do not flatten all others; NaN where there is none."""
+    return [math.log(value) if value > 0 else math.nan for value in values]
 
 
 def _counts(
