@@ -1,6 +1,6 @@
 """Draws what `mtl-jax watch` shows of a run, as a picture for the documentation.
 
-python tools/watch_picture.py runs/earth_digits docs/images/watch.svg
+It is run as `python tools/watch_picture.py runs/earth_digits watch.svg`.
 """
 
 import argparse
