@@ -123,8 +123,9 @@ def start_jax(options: argparse.Namespace) -> None:
     ]
     if chosen.get("distributed") or address != [None] * 3:
         from mtl_jax.sharding import distributed
+        from mtl_jax.sharding.leaving import leaving_at_once
 
-        with distributed.leaving_at_once(), user_errors():
+        with leaving_at_once(), user_errors():
             distributed.initialize(*address)
     try:
         jax.devices()

@@ -65,10 +65,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         program, folder = open_run(options)
         from mtl_jax import train
         from mtl_jax.sharding import distributed
+        from mtl_jax.sharding.leaving import leaving_at_once
 
         distributed.check_same(folder.read_json("config.json"))
     with (
-        distributed.leaving_at_once(),
+        leaving_at_once(),
         user_errors((train.RunFolderError, OSError)),
     ):
         step, tasks = train.evaluate_run(program, folder, options.step)

@@ -52,11 +52,13 @@ def _train(options: argparse.Namespace) -> None:
         document = configuration.to_document(config, name)
         from mtl_jax import train
         from mtl_jax.sharding import distributed
+        from mtl_jax.sharding.leaving import leaving_at_once
 
         _check_debug_nans(options)
         experiment = configuration.build(config)
         train.validate(experiment)
         program = train.build_program(experiment)
+        program.local_rows(program.share_multiple)
         _check_platform()
         # They depend on the number of devices, and the order of the data on them.
         shares = experiment.mixture.examples_per_batch(program.share_multiple)
@@ -78,13 +80,12 @@ def _train(options: argparse.Namespace) -> None:
         distributed.check_shared(workdir)
         fallback = None
         if options.fallback_dir is not None and result is None:
-            if distributed.is_main():
-                train.check_fallback(options.fallback_dir, workdir)
+            train.check_fallback(options.fallback_dir, workdir)
             fallback = train.Fallback(options.fallback_dir, document)
     if result is None:
         stopped_by, fault = 0, None
         with (
-            distributed.leaving_at_once(),
+            leaving_at_once(),
             user_errors((train.RunFolderError, OSError)),
             storage_is_quiet(),
             train.StopSignals() as signals,

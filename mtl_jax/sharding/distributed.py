@@ -4,17 +4,12 @@ Every process runs the same program. It reads its own rows of every batch, and c
 on its own devices what they hold of every global array. Process 0 alone writes.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import secrets
 import socket
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +19,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from jaxtyping import Int
 
+from mtl_jax.sharding.leaving import explain_aborts
+
 CONNECT_SECONDS = 300
 """How long a process waits for the others when it starts."""
+
+SILENT_SECONDS = 40
+"""After so long without a sign of life, a process is taken for lost."""
 
 SHARED_SECONDS = 60.0
 """How long a process looks for a file that process 0 has just written."""
@@ -65,6 +65,7 @@ def initialize(
                 cluster_detection_method="deactivate" if coordinator else None,
                 # JAX kills the process when its own time is over.
                 initialization_timeout=int(timeout_seconds) + 60,
+                heartbeat_timeout_seconds=SILENT_SECONDS,
             )
         except Exception as error:
             failures.append(error)
@@ -90,6 +91,7 @@ def initialize(
                 "give --coordinator, --num-processes and --process-id"
             )
         raise ValueError(f"cannot join the other processes: {failures[0]}")
+    explain_aborts()
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         # JAX lets only process 0 read the cache, and on CPUs a program that it loads
         # and the others compile has been seen to wait for ever in a collective.
@@ -215,41 +217,3 @@ def check_shared(folder: Path) -> None:
 def _gather(value: np.ndarray) -> np.ndarray:
     """The values of all processes, stacked."""
     return np.atleast_1d(multihost_utils.process_allgather(value[None], tiled=True))
-
-
-def preempted(step: int) -> bool:
-    """Whether all processes are to save and stop after this step.
-
-    They are when a cluster is about to take one of their machines away and says so by
-    SIGTERM. To be asked after every step, by all processes.
-
-    Args:
-      step: Number of updates done.
-    """
-    # A single process has no such service: SIGTERM ends it. Nor have those that were
-    # told by JAX_ENABLE_PREEMPTION_SERVICE to do without.
-    served = jax.distributed.is_initialized() and (
-        jax.config.jax_enable_preemption_service  # type: ignore[attr-defined]
-    )
-    return served and multihost_utils.reached_preemption_sync_point(step)
-
-
-@contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Ends a process of several as soon as what is inside fails, traceback printed.
-
-    At its end Python would wait for the other processes, who wait for this one.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not jax.distributed.is_initialized():
-            raise
-        status: object = 1
-        if isinstance(error, SystemExit):
-            status = error.code
-        else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else 1)

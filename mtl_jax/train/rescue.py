@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 
 from mtl_jax.train.checkpoint import Checkpoints
-from mtl_jax.train.run_folder import RunFolder, RunFolderError
+from mtl_jax.train.run_folder import RunFolder, RunFolderError, to_json
 from mtl_jax.train.state import TrainState
 
 
@@ -43,13 +44,21 @@ class Unwritten:
 def check_fallback(path: Path, run: Path) -> None:
     """Checks that a run can be saved in a folder if its own fails.
 
+    Of several processes, one that cannot write must not save alone.
+
     Args:
       path: The folder; made if absent.
       run: The run's own.
 
     Raises:
-      RunFolderError: If it is in the run's own, is not empty, or cannot be written.
+      RunFolderError: If there are several processes; or it is in the run's own, is not
+        empty, or cannot be written.
     """
+    if jax.process_count() > 1:
+        raise RunFolderError(
+            f"--fallback-dir is {path}, but there are {jax.process_count()} processes; "
+            "leave it out, as only a run of a single process can be saved elsewhere"
+        )
     here, there = path.resolve(), run.resolve()
     if here == there or there in here.parents:
         raise RunFolderError(
@@ -173,8 +182,7 @@ def _copy_logs(
         complete = [line for line in text.splitlines(keepends=True) if line[-1] == "\n"]
         (copy.path / name).write_text("".join(complete))
         lines = copy.truncate(name, step)
-        last = lines[-1]["step"] if lines else 0
         for log, line in unwritten:
-            if log == name and line["step"] > last:
+            if log == name and to_json(line) not in lines:
                 copy.append(name, line)
     return lost

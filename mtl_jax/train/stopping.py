@@ -13,7 +13,7 @@ from typing import Self
 
 import jax
 
-from mtl_jax.sharding.distributed import preempted
+from mtl_jax.sharding.leaving import preempted
 
 STATUS = 128
 """A process that a signal stopped ends with this plus the signal's number."""

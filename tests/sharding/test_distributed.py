@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtl_jax.sharding import distributed
+from mtl_jax.sharding import distributed, leaving
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,12 +89,13 @@ def test_a_port_that_is_taken():
 # In a process of its own, as JAX has begun to compute in this one.
 LONELY = """
 from mtl_jax.sharding import distributed
+from mtl_jax.sharding.leaving import leaving_at_once
 for address in [(), ("127.0.0.1:9", 2, 1)]:
     try:
         distributed.initialize(*address, timeout_seconds=1)
     except ValueError as error:
         print(error)
-with distributed.leaving_at_once():
+with leaving_at_once():
     raise ValueError("the last word")
 """
 
@@ -125,6 +126,6 @@ def test_a_single_process_agrees_with_itself(tmp_path):
     assert distributed.is_main()
     distributed.check_same({"a": 1})
     distributed.check_shared(tmp_path / "absent")
-    assert not distributed.preempted(3)
-    with pytest.raises(KeyError), distributed.leaving_at_once():
+    assert not leaving.preempted(3)
+    with pytest.raises(KeyError), leaving.leaving_at_once():
         raise KeyError

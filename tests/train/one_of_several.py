@@ -2,7 +2,7 @@
 
     python one_of_several.py COORDINATOR NUM_PROCESSES PROCESS_ID FOLDER[:EVENT:STEP]...
 
-After STEP, process 0 is killed, or the last process told that it is pre-empted.
+After STEP, process 0 or the last one is killed, or the last one interrupted.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from small import Tiles, experiment
 from mtl_jax import optim
 from mtl_jax.data import Component, Mixture
 from mtl_jax.sharding import distributed
+from mtl_jax.sharding.leaving import leaving_at_once
 from mtl_jax.train import (
     MeshShape,
     RunFolder,
@@ -61,7 +62,7 @@ def main(coordinator, num_processes, process_id, *folders):
     jax.config.update("jax_traceback_in_locations_limit", 1)
     distributed.initialize(coordinator, int(num_processes), int(process_id))
     distributed.SHARED_SECONDS = 0.5
-    with distributed.leaving_at_once():
+    with leaving_at_once():
         agree(Path(folders[0].partition(":")[0]))
         program = build()
         compile_once(program)
@@ -122,7 +123,8 @@ def arrange(event, step):
     """Lets something happen to a process when it has logged a step."""
     victim, number = {
         "kill": (0, signal.SIGKILL),
-        "preempt": (jax.process_count() - 1, signal.SIGTERM),
+        "kill_last": (jax.process_count() - 1, signal.SIGKILL),
+        "interrupt": (jax.process_count() - 1, signal.SIGINT),
     }[event]
 
     def update(self, logged, *arguments, **keywords):

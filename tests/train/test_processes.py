@@ -16,6 +16,7 @@ import pytest
 from one_of_several import build
 
 from mtl_jax.data import training_batches
+from mtl_jax.sharding import leaving
 from mtl_jax.train import RunFolder, loop, train
 from mtl_jax.train.checkpoint import Checkpoints
 
@@ -56,22 +57,30 @@ def run_both(*folders):
     return [process.returncode for process in both], outputs
 
 
+def assert_lost(status, output):
+    """A process learns that another one is lost, says so and ends."""
+    assert status in (leaving.LOST, -signal.SIGABRT), output
+    lines = [line for line in output.splitlines() if line.startswith("mtl-jax: error")]
+    assert any("another" in line and "is lost" in line for line in lines), output
+    assert all("the same command in all processes" in line for line in lines)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of runs of two processes: whole, killed and continued, and pre-empted."""
     parent = tmp_path_factory.mktemp("runs")
-    whole, killed, preempted = (parent / n for n in ("whole", "killed", "preempted"))
-    for folder in (whole, killed, preempted):
+    whole, killed, stopped = (parent / name for name in ("whole", "killed", "stopped"))
+    for folder in (whole, killed, stopped):
         folder.mkdir()
     statuses, outputs = run_both(whole, f"{killed}:kill:3")
     assert statuses[0] == -signal.SIGKILL, outputs[0]
-    # It learns of it and ends too, rather than to wait for ever.
-    assert statuses[1] not in (0, -signal.SIGKILL), outputs[1]
+    assert_lost(statuses[1], outputs[1])
     assert [line["step"] for line in metrics(killed)] == [1, 2, 3]
-    statuses, outputs = run_both(killed, f"{preempted}:preempt:1")
+    statuses, outputs = run_both(killed, f"{stopped}:interrupt:1")
     assert statuses == [0, 0], outputs
-    assert all("stopped by SIGTERM in" in output for output in outputs)
-    return whole, killed, preempted
+    assert "stopped by SIGTERM in" in outputs[0]
+    assert "stopped by SIGINT in" in outputs[1]
+    return whole, killed, stopped
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,9 @@ def test_each_example_is_read_by_one_process_and_none_is_lost(runs, one_process)
         ]
         for i in range(2)
     ]
+    # An epoch: every record once.
+    both = [index for steps in read for step in steps for index in step["tiles"]]
+    assert sorted(both) == [*range(64)]
     expected = batches_of(program)
     assert len(read[0]) == len(read[1]) == NUM_STEPS
     for first, second in zip(*read, strict=True):
@@ -143,13 +155,13 @@ def test_both_continue_bit_for_bit(runs):
     assert results[0]["tasks"] == results[1]["tasks"]
 
 
-def test_both_save_and_stop_when_one_is_preempted(runs, one_process):
-    whole, _, preempted = runs
-    last = metrics(preempted)[-1]["step"]
-    assert (preempted / loop.CHECKPOINTS / str(last)).is_dir()
-    assert not (preempted / loop.RESULT).exists()
+def test_both_save_and_stop_when_one_is_interrupted(runs):
+    whole, _, stopped = runs
+    last = metrics(stopped)[-1]["step"]
+    assert (stopped / loop.CHECKPOINTS / str(last)).is_dir()
+    assert not (stopped / loop.RESULT).exists()
     # As far as both go, they are the same.
-    text, expected = ((f / loop.METRICS).read_text() for f in (preempted, whole))
+    text, expected = ((f / loop.METRICS).read_text() for f in (stopped, whole))
     number = min(last, NUM_STEPS)
     assert text.splitlines()[:number] == expected.splitlines()[:number]
 
