@@ -77,8 +77,8 @@ def test_colours_of_cosines():
     cosines = np.array([[1.0, -1.0], [0.0, np.nan]])
     picture = cosine_picture(cosines, ("a", "b"))
     right, bottom = picture.size
-    x = [right - 8 - 40 * (2 - column) + 3 for column in range(2)]
-    y = [bottom - 8 - 40 * (2 - row) + 3 for row in range(2)]
+    x = [right - 8 - 32 * (2 - column) + 3 for column in range(2)]
+    y = [bottom - 8 - 32 * (2 - row) + 3 for row in range(2)]
     pixels = [[picture.getpixel((x[j], y[i])) for j in range(2)] for i in range(2)]
     assert pixels == [[(0, 114, 178), (213, 94, 0)], [(255,) * 3, (200,) * 3]]
 
