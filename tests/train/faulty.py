@@ -78,8 +78,8 @@ def with_target(batch, row, target):
     return {**batch, "tiles": dataclasses.replace(tiles, targets={"redness": redness})}
 
 
-def without_labels(batch):
-    """The batch with no label of ``redness``."""
-    tiles = batch["tiles"]
-    mask = {"redness": jnp.zeros_like(tiles.mask["redness"])}
-    return {**batch, "tiles": dataclasses.replace(tiles, mask=mask)}
+def without_labels(batch, source):
+    """The batch with no label of any task on a source."""
+    examples = batch[source]
+    mask = {task: jnp.zeros_like(rows) for task, rows in examples.mask.items()}
+    return {**batch, source: dataclasses.replace(examples, mask=mask)}

@@ -117,9 +117,13 @@ def final_state(program, folder):
     )
 
 
-@pytest.mark.parametrize("stop", [6, 10])
-def test_an_interruption_changes_no_count(program, whole, tmp_path, monkeypatch, stop):
+def test_an_interruption_changes_no_count(
+    program, whole, batches, tmp_path, monkeypatch
+):
     """Stopped between two lines, where the next tells of both parts of the run."""
+    stop, faulty = 14, with_any(batches, SPOILT)
+    assert {13, 15} <= set(faulty)
+    assert stop in with_any(batches, [HIGH])
     folder = RunFolder(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(
