@@ -485,7 +485,7 @@ def test_eval_of_a_checkpoint_of_another_config(run_folder, mistake, empty_folde
     (empty_folder / "checkpoints").symlink_to(run_folder / "checkpoints")
     error = mistake("eval", ".")
     assert len(error) < 2000
-    assert " does not fit the config (trunk.width: " in error
+    assert " does not fit the config (" in error
     found = re.search(r": (params/\S+) is float32 \((.*?)\) in the checkpoint", error)
     assert found
     assert (
@@ -499,7 +499,8 @@ def test_eval_of_a_damaged_checkpoint(run_folder, empty_folder, damage):
     copy = Path(shutil.copytree(run_folder, empty_folder / "copy"))
     for file in (copy / "checkpoints" / "4" / "state").glob("**/d/*"):
         damage(file)
-    finished = in_a_process("eval", "copy", "--devices", 8, cwd=empty_folder)
+    command = ("eval", "copy", "--devices", 8)
+    finished = in_a_process(*command, "--step", 4, cwd=empty_folder)
     assert_mistake(finished, "the checkpoint copy/checkpoints/4 is damaged")
     assert len(finished.stderr) < 400
 
