@@ -58,7 +58,11 @@ def storage_is_quiet() -> Iterator[None]:
 
 def fail(message: str, status: int = USER_ERROR) -> NoReturn:
     """Says in one line what is wrong, and exits."""
-    line = " ".join(message.split())
+    # What a terminal would obey, or no encoding has, comes from arguments and files.
+    line = "".join(
+        letter if letter.isprintable() else repr(letter)[1:-1]
+        for letter in " ".join(message.split())
+    )
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
         f"mtl-jax: error: {line}"
     )

@@ -15,6 +15,7 @@ from typing import Any
 import fiddle as fdl
 
 FLOAT32_MAX = 3.4028234663852886e38
+MAX_DEPTH = 60
 
 
 def build(config: fdl.Config) -> Any:
@@ -241,12 +242,27 @@ def leaves(config: fdl.Config) -> Iterator[tuple[str, Any, Any]]:
     Raises:
       ValueError: If the config contains itself.
     """
-    try:
-        yield from _leaves(config, "")
-    except RecursionError as error:
+    _check_ends(config, "", ())
+    yield from _leaves(config, "")
+
+
+def _check_ends(node: Any, path: str, above: tuple[int, ...]) -> None:
+    """Refuses a config that contains itself somewhere."""
+    if isinstance(node, fdl.Buildable):
+        items = dict(fdl.ordered_arguments(node))
+    elif isinstance(node, Mapping):
+        items = node
+    elif isinstance(node, list | tuple):
+        items = dict(enumerate(node))
+    else:
+        return
+    if id(node) in above or len(above) > MAX_DEPTH:
         raise ValueError(
-            "the config contains itself, or is nested too deep; mend its file"
-        ) from error
+            f"{path} contains what it is part of, or is nested more than {MAX_DEPTH} "
+            "deep; mend the config"
+        )
+    for name, item in items.items():
+        _check_ends(item, f"{path}.{name}" if path else str(name), (*above, id(node)))
 
 
 def _leaves(

@@ -14,6 +14,7 @@ from typing import Any
 import fiddle as fdl
 from fiddle.experimental import serialization
 
+from mtl_jax.configuration.fields import MAX_DEPTH
 from mtl_jax.configuration.modules import run_as_import
 
 TRUSTED_MODULES = (
@@ -53,7 +54,6 @@ _CONTAINERS = {
 
 MAX_BYTES = 64 * 2**20
 MAX_VALUES = 100_000
-MAX_DEPTH = 60
 
 # What Fiddle raises for documents that it cannot read.
 _UNREADABLE = (

@@ -12,11 +12,13 @@ from matplotlib.patches import Patch
 from mtl_jax.report.curves import PALETTE, STYLE, shortened
 from mtl_jax.report.images import Image, figure_image
 from mtl_jax.report.run_folder import Run
+from mtl_jax.report.tiles import sampled_images
 
 MAX_IMAGES = 3
 MAX_TASKS = 8
 MAX_LAYERS = 6
 MAX_LEGEND = 32
+MAX_EXPERTS = 2**16
 EXPERT_SHARE = 0.72
 """How much of a patch's colour is its expert's; the rest is the image in grey."""
 
@@ -39,7 +41,7 @@ def routed_images(run: Run) -> list[tuple[str, list[Image]]]:
     for source in run.result["sources"]:
         routing = _routing(run, source)
         if routing:
-            images = run.samples[f"{source}/image"]
+            images = sampled_images(run, source)
             shown = [
                 _image(source, number, image, routing)
                 for number, image in enumerate(images[:MAX_IMAGES])
@@ -62,14 +64,16 @@ def _routing(run: Run, source: str) -> dict[str, dict[str, np.ndarray]]:
             or experts.ndim != 3
             or len(experts) != len(images)
             or not np.issubdtype(experts.dtype, np.integer)
-            or np.any(experts < 0)
+            or 0 in experts.shape[1:]
+            or np.any((experts < 0) | (experts >= MAX_EXPERTS))
         ):
             raise ValueError(
                 f"{run.path / 'samples.npz'}: {name!r} is {experts.dtype} "
-                f"{experts.shape}: it must be experts, from 0, of [examples, rows, "
-                f"columns] of patches, with as many examples as '{source}/image'."
+                f"{experts.shape}: it must be experts, from 0 and less than "
+                f"{MAX_EXPERTS:,}, of [examples, rows, columns] of patches, with as "
+                f"many examples as '{source}/image'."
             )
-        by_task.setdefault(task, {})[layer] = experts
+        by_task.setdefault(task, {})[layer] = experts.astype(np.int64)
     tasks = list(by_task)[:MAX_TASKS]
     layers = _spread(list(by_task[tasks[0]]), MAX_LAYERS) if tasks else []
     return {

@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
-RESULT_KEYS = ("config", "seed", "num_steps", "tasks", "sources")
+from mtl_jax.archives import read_npz
+from mtl_jax.report.checks import check_result, check_timing
+
+MAX_DOCUMENT_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Run:
         steps = np.array([step for step, _ in logged], np.int64)
         try:
             values = np.array([value for _, value in logged], np.float64)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise ValueError(
                 f"{self.path / 'metrics.jsonl'}: {name!r} is not a number or an array "
                 "of one shape at every step: the file is damaged, run again."
@@ -107,64 +110,54 @@ def read_run(path: Path) -> Run:
             "its end first."
         )
     result = _read_object(path / "result.json")
-    _check_result(path / "result.json", result)
+    check_result(path / "result.json", result)
     records = tuple(_read_lines(path / "metrics.jsonl"))
     if not records:
         raise ValueError(f"{path / 'metrics.jsonl'} is empty: train the run again.")
     timings = path / "timings.jsonl"
+    fields = _read_object(path / "config.json").get("fields") or {}
+    if not isinstance(fields, Mapping):
+        raise ValueError(
+            f"{path / 'config.json'} has fields that are no object: restore it."
+        )
     return Run(
         path=path,
-        config_fields=_read_object(path / "config.json").get("fields") or {},
+        config_fields=fields,
         result=result,
         records=records,
-        timings=tuple(_read_lines(timings)) if timings.is_file() else (),
+        timings=tuple(_read_timings(timings)) if timings.is_file() else (),
         samples=_read_samples(path / "samples.npz"),
     )
 
 
-def _check_result(file: Path, result: Mapping[str, Any]) -> None:
-    """Rejects a result without the parts that every page needs."""
-    missing = [key for key in RESULT_KEYS if key not in result]
-    if missing:
-        raise ValueError(
-            f"{file} lacks {missing[0]!r}: the file is damaged, run again."
-        )
-    if not result["tasks"]:
-        raise ValueError(f"{file} has an empty 'tasks': a report needs a trained task.")
-    for task, entry in result["tasks"].items():
-        for key in ("metrics", "headline", "output", "sources"):
-            if key not in entry:
-                raise ValueError(
-                    f"{file} lacks {key!r} of task {task!r}: the file is damaged, run "
-                    "again."
-                )
-        if entry["headline"] not in entry["metrics"]:
-            raise ValueError(
-                f"{file} has headline {entry['headline']!r} of task {task!r}, which is "
-                f"none of its metrics {list(entry['metrics'])}: name one of them."
-            )
-
-
 def _read_text(file: Path) -> str:
     """A text file's contents."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not file.is_file():
+        # Reading something else, such as a pipe, might never end.
         raise ValueError(
             f"{file.parent} holds no {file.name}: give the folder of a finished run."
-        ) from None
+        )
+    try:
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} can't be read ({error}): restore it.") from None
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds one object."""
+    if file.is_file() and file.stat().st_size > MAX_DOCUMENT_BYTES:
+        raise ValueError(
+            f"{file} has {file.stat().st_size:,} bytes, more than any run writes: "
+            "restore it."
+        )
     try:
         value = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        reason = getattr(error, "msg", None) or "nested without end"
         raise ValueError(
-            f"{file}, line {error.lineno}: not valid JSON ({error.msg}): the file is "
-            "truncated or damaged, run again."
+            f"{file}, line {line}: not valid JSON ({reason}): the file is truncated or "
+            "damaged, run again."
         ) from None
     if not isinstance(value, dict):
         raise ValueError(
@@ -178,12 +171,14 @@ def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_read_text(file).splitlines(), start=1):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or str(error)
             raise ValueError(
-                f"{file}, line {number}: not valid JSON ({error.msg}): the line is "
+                f"{file}, line {number}: not valid JSON ({reason}): the line is "
                 "truncated or damaged, so remove it or continue the run."
             ) from None
-        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        step = value.get("step") if isinstance(value, dict) else None
+        if type(step) is not int or not 0 <= step < 2**63:
             raise ValueError(
                 f"{file}, line {number}: not an object with an integer 'step': remove "
                 "the line or continue the run."
@@ -191,14 +186,19 @@ def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
         yield value
 
 
+def _read_timings(file: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_read_lines(file), start=1):
+        check_timing(file, number, line)
+        yield line
+
+
 def _read_samples(file: Path) -> dict[str, np.ndarray]:
     """The arrays of ``samples.npz``, or none where there is no such file."""
     if not file.is_file():
         return {}
     try:
-        with file.open("rb") as data, np.load(data, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # zipfile, zlib and NumPy each raise their own
+        return read_npz(file)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} can't be read ({error}): delete it to report without samples."
         ) from None

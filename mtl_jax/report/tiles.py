@@ -197,17 +197,39 @@ def _output(run: Run, task: str) -> Mapping[str, Any]:
     return run.result["tasks"][task]["output"]
 
 
-def _arrays(run: Run, source: str, task: str) -> tuple[np.ndarray, ...]:
-    """Images as RGB, targets and predictions of one task on one source."""
+def sampled_images(run: Run, source: str) -> np.ndarray:
+    """The kept test images of a source, uint8 ``[examples, height, width, 1 or 3]``.
+
+    Raises:
+      ValueError: If they are something else.
+    """
     images = run.samples[f"{source}/image"]
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
+    if (
+        images.ndim != 4
+        or images.shape[-1] not in (1, 3)
+        or images.dtype != np.uint8
+        or 0 in images.shape[1:3]
+    ):
         raise ValueError(
             f"{run.path / 'samples.npz'}: '{source}/image' is {images.dtype} "
             f"{images.shape}: it must be uint8 [examples, height, width, 1 or 3]."
         )
+    return images
+
+
+def _arrays(run: Run, source: str, task: str) -> tuple[np.ndarray, ...]:
+    """Images as RGB, targets and predictions of one task on one source."""
+    images = sampled_images(run, source)
     target = run.samples[f"{source}/{task}/target"]
     prediction = run.samples[f"{source}/{task}/prediction"]
     dims = 3 if _output(run, task).get("dense") else 1
+    kinds = "iu" if _output(run, task)["kind"] == "classes" else "iuf"
+    if not {target.dtype.kind, prediction.dtype.kind} <= set(kinds):
+        raise ValueError(
+            f"{run.path / 'samples.npz'}: '{source}/{task}/target' is {target.dtype} "
+            f"and its prediction {prediction.dtype}: they must be "
+            f"{'classes, which are integers' if kinds == 'iu' else 'numbers'}."
+        )
     if not (
         target.shape == prediction.shape == images.shape[:1] + target.shape[1:]
         and target.ndim == dims

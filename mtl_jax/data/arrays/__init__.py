@@ -7,6 +7,8 @@ import pathlib
 
 import numpy as np
 
+from mtl_jax.archives import read_npz
+
 FOLDER = pathlib.Path(__file__).parent
 
 
@@ -29,11 +31,8 @@ def load_arrays(
     path = folder / name
     remedy = "reinstall mtl_jax, or build the file again by tools/build_arrays.py"
     try:
-        # Opened here: NumPy leaves a file open in which it finds damage.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            arrays = {key: content[key] for key in shapes}
-    except Exception as error:
-        # A damaged file raises a different error for each place of the damage.
+        arrays = read_npz(path, shapes)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"the data file {path} is missing or damaged ({error}); {remedy}"
         ) from error

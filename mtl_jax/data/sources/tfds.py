@@ -14,7 +14,7 @@ from etils import epath
 
 from mtl_jax.data.source import Field, Record
 
-MAX_CLASSES = 10_000_000
+MAX_CLASSES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +203,30 @@ def check_description(directory: epath.Path) -> None:
                 np.dtype(dtype)
             except TypeError as error:
                 raise ValueError(f"{file} names the dtype {dtype!r}") from error
+        classes = 0
         for number in values_under({"numClasses", "num_classes"}, document):
-            if int(number) > MAX_CLASSES:
+            classes += int(number)
+            if classes > MAX_CLASSES:
                 raise ValueError(f"{file} has a feature of {number} classes")
+        if file == "dataset_info.json":
+            check_places(document)
+
+
+def check_places(document: Mapping[str, Any]) -> None:
+    """Refuses names of a data set and its splits that lead out of its folder.
+
+    The names of its files are made of them.
+    """
+    keys = {"name", "filepathTemplate", "filepath_template"}
+    splits = document.get("splits", [])
+    for part in (document, *(splits if isinstance(splits, list) else ())):
+        for key in keys & set(part):
+            name = str(part[key])
+            if ".." in name or not re.fullmatch(r"[^/\\\0]*", name):
+                raise ValueError(
+                    f"dataset_info.json has the {key} {name!r}, which leads out of its "
+                    "folder"
+                )
 
 
 def values_under(keys: Set[str], node: Any) -> Iterator[Any]:

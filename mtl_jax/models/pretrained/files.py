@@ -1,13 +1,16 @@
 """Named arrays and JSON in local files; nothing in them is ever executed."""
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from mtl_jax.archives import read_npz
+
+MAX_JSON_BYTES = 64 * 2**20
 
 Arrays = Mapping[str, np.ndarray]
 """Names -> arrays, as published."""
@@ -57,9 +60,14 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: If the file holds something else.
       OSError: If there is no such file.
     """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, more than any such file; "
+            "restore it from where it was published"
+        )
     try:
         content = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} holds no JSON ({error}); restore it from where it was published"
         ) from error
@@ -88,9 +96,16 @@ def _read_folder(folder: Path) -> dict[str, np.ndarray]:
         if not isinstance(places, dict):
             raise ValueError(f"{index} has no weight_map; restore it")
         arrays = {}
+        if not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{index} has a weight_map without names; restore it")
         for name in sorted(set(places.values())):
             # Parts lie beside their index, wherever a foreign one may point.
-            arrays |= _read_safetensors(folder / Path(name).name)
+            part = folder / Path(name.replace("\0", "")).name
+            if not part.is_file():
+                raise FileNotFoundError(
+                    f"{part} does not exist, but {index} names it; restore it"
+                )
+            arrays |= _read_safetensors(part)
         return arrays
     for path in sorted(folder.iterdir()):
         if path.suffix in _PICKLES:
@@ -120,21 +135,20 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+    except Exception as error:
+        # Besides its own error the package raises what NumPy does for unknown types.
+        reason = str(error).partition("\n")[0][:200]
         raise ValueError(
-            f"{path} is damaged ({error}); restore it from where it was published"
+            f"{path} is damaged ({reason}); restore it from where it was published"
         ) from error
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: _recover_bfloat16(file[name]) for name in file.files}
-    except (TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is damaged, or holds Python objects, which could run code "
-            f"({error}); restore it, or save its arrays alone"
-        ) from error
+        arrays = read_npz(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it, or save its arrays alone") from error
+    return {name: _recover_bfloat16(array) for name, array in arrays.items()}
 
 
 def _recover_bfloat16(array: np.ndarray) -> np.ndarray:
