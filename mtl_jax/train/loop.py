@@ -416,6 +416,8 @@ class _Loop:
             return
         self._enter(step, "saving")
         with self._noting_faults():
+            # Where Orbax cannot make a folder, its threads wait for it for minutes.
+            self._probe()
             self._checkpoints.save(step, state, batches)
 
     def _finish(
@@ -436,5 +438,18 @@ class _Loop:
         except (OSError, ValueError) as error:
             fault = storage_fault(error)
             if fault is None:
-                raise
+                # A folder that vanishes confuses Orbax, which then says anything.
+                try:
+                    self._probe()
+                except OSError as cause:
+                    fault = storage_fault(cause)
+                else:
+                    raise
             self._fault = self._fault or fault
+
+    def _probe(self) -> None:
+        """Fails where no folder can be made for a checkpoint."""
+        if is_main():
+            probe = self._folder.path / CHECKPOINTS / ".writable"
+            probe.mkdir(exist_ok=True)
+            probe.rmdir()

@@ -1,0 +1,275 @@
+"""Runs that signals stop and whose folders fail, in this process."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from small import Tiles, experiment
+
+from mtl_jax import optim
+from mtl_jax.data import Component, Mixture
+from mtl_jax.train import (
+    Fallback,
+    MeshShape,
+    RunFolder,
+    RunFolderError,
+    StoppedError,
+    build_program,
+    check_fallback,
+    loop,
+    train,
+)
+from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.program import Program
+
+
+def once(make):
+    """Remembers what is made of a program."""
+    made = {}
+
+    def remembered(program):
+        if id(program) not in made:
+            made[id(program)] = program, make(program)
+        return made[id(program)][1]
+
+    return remembered
+
+
+@pytest.fixture(scope="module")
+def program():
+    """Checkpoints are written at steps 2, 4 and 6; evaluations are at 3 and 6."""
+    labels = ("bright", "redness")
+    tasks = tuple(task for task in experiment().tasks if task.name in labels)
+    tiles = Component(Tiles(), Tiles(40, 2), labels)
+    chosen = experiment(
+        tasks=tasks,
+        mixture=Mixture({"tiles": tiles}, batch_size=16),
+        num_experts=0,
+        mesh=MeshShape(),
+        aggregator=optim.moco,
+        evaluation_batch_size=8,
+    )
+    states = once(Program.init_state)
+    with pytest.MonkeyPatch.context() as patch:
+        # All runs share what is compiled.
+        patch.setattr(Program, "compile_step", once(Program.compile_step))
+        patch.setattr(loop, "make_evaluate", once(loop.make_evaluate))
+        patch.setattr(loop, "write_samples", lambda *_: None)
+        for name in ("init_state", "fresh_state"):
+            patch.setattr(
+                Program,
+                name,
+                lambda self: jax.tree.map(lambda leaf: leaf.copy(), states(self)),
+            )
+        yield build_program(chosen, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def whole(program, tmp_path_factory):
+    folder = RunFolder(tmp_path_factory.mktemp("whole"))
+    return folder, train(program, folder, "small")
+
+
+def final_state(program, folder):
+    checkpoints = Checkpoints(folder.path / loop.CHECKPOINTS, read_only=True)
+    state = checkpoints.restore_state(6, program.fresh_state())
+    checkpoints.close()
+    return state
+
+
+def as_numpy(leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def timing_lines(folder):
+    lines = (folder.path / loop.TIMINGS).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same(program, ours, theirs):
+    """The same metrics and the same final state, to the last bit."""
+    expected = (theirs.path / loop.METRICS).read_bytes()
+    assert (ours.path / loop.METRICS).read_bytes() == expected
+    jax.tree.map(
+        lambda mine, yours: np.testing.assert_array_equal(
+            as_numpy(mine), as_numpy(yours)
+        ),
+        final_state(program, ours),
+        final_state(program, theirs),
+    )
+
+
+class StopWhileEvaluating:
+    """Signals that come when an evaluation is about to take its ``number``-th batch."""
+
+    def __init__(self, number):
+        self.left = number
+
+    @contextlib.contextmanager
+    def held(self):
+        yield
+        if self.left < 0:
+            raise StoppedError(signal.SIGTERM)
+
+    def interrupted(self):
+        self.left -= 1
+        return self.left < 0
+
+    def stops_after(self, step):
+        return signal.SIGTERM if self.left < 0 else None
+
+
+# Each evaluation takes five batches.
+@pytest.mark.parametrize(("numbers", "step"), [((2, 0, 1), 3), ((7, 3), 6)])
+def test_an_evaluation_cut_short_is_made_up_for(
+    program, whole, tmp_path, numbers, step
+):
+    folder = RunFolder(tmp_path)
+    for number in numbers:
+        signals = StopWhileEvaluating(number)
+        with pytest.raises(StoppedError, match="stopped by SIGTERM"):
+            train(program, folder, "small", signals=signals)
+        assert [line["step"] for line in timing_lines(folder)] == [*range(1, step)]
+        assert (tmp_path / loop.CHECKPOINTS / str(step)).is_dir()
+        assert folder.read_json(loop.RESULT) is None
+    result = train(program, folder, "small")
+    assert_same(program, folder, whole[0])
+    assert result["tasks"] == whole[1]["tasks"]
+    assert [line["step"] for line in timing_lines(folder)] == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / loop.UNEVALUATED).exists()
+
+
+class At:
+    """Does something to a run when a step has been logged."""
+
+    def __init__(self, step, event):
+        self.step, self.event = step, event
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def begin(self, step):
+        pass
+
+    def phase(self, step, name):
+        pass
+
+    def update(self, step, *arguments, **keywords):
+        if step == self.step:
+            self.event()
+
+
+def full_disk(folder, patch):
+    """From now on, half a line fits in a log of the folder."""
+    append = RunFolder.append
+
+    def half(self, name, line):
+        if self.path != folder.path:
+            return append(self, name, line)
+        with (self.path / name).open("a") as file:
+            file.write('{"step": 1')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(RunFolder, "append", half)
+
+
+def no_room_for_checkpoints(folder):
+    """Puts a file where their folder was."""
+    shutil.rmtree(folder.path / loop.CHECKPOINTS)
+    (folder.path / loop.CHECKPOINTS).write_text("in the way")
+
+
+def move_away(folder, path):
+    """Moves a run's folder once nothing is being saved there."""
+    deadline = time.monotonic() + 60
+    while not (folder.path / loop.CHECKPOINTS / "2").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    folder.path.rename(path)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_whose_disk_is_full_is_saved_elsewhere(
+    program, whole, tmp_path, monkeypatch, step
+):
+    """Lines of steps 3 and 5: that of 5 is written while 6, the last, computes."""
+    folder, elsewhere = RunFolder(tmp_path / "run"), tmp_path / "elsewhere"
+    event = At(step, lambda: full_disk(folder, monkeypatch))
+    fallback = Fallback(elsewhere, {"config": "small"})
+    saved = {2: 3, 4: 6}[step]
+    with pytest.raises(RunFolderError) as error:
+        train(program, folder, "small", [event], fallback=fallback)
+    assert str(error.value).startswith(
+        f"cannot write to the run folder {folder.path} any more: No space left on "
+        f"device; all is saved at step {saved} in {elsewhere}; to continue"
+    )
+    copy = RunFolder(elsewhere)
+    assert copy.read_json("config.json") == {"config": "small"}
+    train(program, copy, "small")
+    assert_same(program, copy, whole[0])
+
+
+def test_a_run_whose_checkpoints_fail_is_saved_elsewhere(program, whole, tmp_path):
+    folder, elsewhere = RunFolder(tmp_path / "run"), tmp_path / "elsewhere"
+    event = At(1, lambda: no_room_for_checkpoints(folder))
+    fallback = Fallback(elsewhere, {"config": "small"})
+    with pytest.raises(RunFolderError, match=r"all is saved at step [234]"):
+        train(program, folder, "small", [event], fallback=fallback)
+    copy = RunFolder(elsewhere)
+    train(program, copy, "small")
+    assert_same(program, copy, whole[0])
+
+
+def test_a_run_whose_folder_is_removed_is_saved_elsewhere(program, whole, tmp_path):
+    folder, elsewhere = RunFolder(tmp_path / "run"), tmp_path / "elsewhere"
+    event = At(3, lambda: move_away(folder, tmp_path / "moved"))
+    fallback = Fallback(elsewhere, {"config": "small"})
+    lost = r"step 4 in .*, but for metrics.jsonl and timings.jsonl, which could not be"
+    with pytest.raises(RunFolderError, match=lost):
+        train(program, folder, "small", [event], fallback=fallback)
+    assert not folder.path.exists()
+    copy = RunFolder(elsewhere)
+    train(program, copy, "small")
+    expected = (whole[0].path / loop.METRICS).read_text().splitlines()
+    assert (elsewhere / loop.METRICS).read_text().splitlines() == expected[3:]
+
+
+def test_a_full_disk_without_a_place_elsewhere(program, whole, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    with monkeypatch.context() as patch:
+        event = At(4, lambda: full_disk(folder, patch))
+        advice = r"No space left .* stopped at step 6: .* \(with --fallback-dir DIR all"
+        with pytest.raises(RunFolderError, match=advice):
+            train(program, folder, "small", [event])
+    train(program, folder, "small")
+    assert_same(program, folder, whole[0])
+
+
+def test_places_that_are_no_fallback(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    other.mkdir()
+    for path in (run, run / "inside"):
+        with pytest.raises(RunFolderError, match=r"is in the run folder .* outside"):
+            check_fallback(path, run)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"cannot be written \(Not a directory\)"):
+        check_fallback(tmp_path / "file" / "inside", run)
+    check_fallback(other, run)
+    (other / "notes").write_text("")
+    with pytest.raises(RunFolderError, match="is not empty; choose another"):
+        check_fallback(other, run)
+    (other / "config.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="holds a run; continue that by --workdir"):
+        check_fallback(other, run)
