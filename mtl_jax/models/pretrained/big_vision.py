@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mtl_jax.layers.patch import PatchEmbedding
-from mtl_jax.models.pretrained.files import Arrays, read_arrays
+from mtl_jax.models.pretrained.files import Arrays, naming, read_arrays
 from mtl_jax.models.pretrained.mapping import Pretrained, Rule, convert, same
 from mtl_jax.models.vit import VisionTransformer
 
@@ -49,7 +49,8 @@ def load_big_vision(
     """
     arrays = read_arrays(path)
     own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-    return convert_big_vision(own, position_grid=position_grid, ignore=ignore)
+    with naming(path):
+        return convert_big_vision(own, position_grid=position_grid, ignore=ignore)
 
 
 def convert_big_vision(

@@ -1,7 +1,8 @@
 """Named arrays and JSON in local files; nothing in them is ever executed."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         f"{path} is of an unknown kind; give a .safetensors or .npz file, or a folder "
         "with model.safetensors"
     )
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Names a file in what its content makes fail, whatever stands in it.
+
+    Raises:
+      ValueError: For every error that is raised inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, ValueError)
+        kind = "" if known else f"has what no such file has ({type(error).__name__}) "
+        raise ValueError(f"{path}: {kind}{error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mtl_jax.layers.patch import PatchEmbedding
 from mtl_jax.models.pretrained.files import (
     Arrays,
     folder_of,
+    naming,
     read_arrays,
     read_json,
     read_optional_json,
@@ -75,7 +76,8 @@ def load_huggingface(
     if mean is None or std is None:
         published = _read_normalisation(folder)
         mean, std = mean or published[0], std or published[1]
-    return convert(arrays, config, mean=mean, std=std, ignore=ignore)
+    with naming(path):
+        return convert(arrays, config, mean=mean, std=std, ignore=ignore)
 
 
 def _read_normalisation(folder: Path) -> tuple[Channels, Channels]:

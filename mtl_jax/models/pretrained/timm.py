@@ -17,6 +17,7 @@ from mtl_jax.models.pretrained.dinov2 import gated_mlp
 from mtl_jax.models.pretrained.files import (
     Arrays,
     folder_of,
+    naming,
     read_arrays,
     read_optional_json,
 )
@@ -86,16 +87,17 @@ def load_timm(
                 "tells how pixels are normalised; put the published one there, or "
                 "give mean and std, in units of pixels from 0 to 1"
             ) from error
-    return convert_timm(
-        arrays,
-        num_heads=num_heads,
-        mean=mean,
-        std=std,
-        activation=activation,
-        norm_epsilon=norm_epsilon,
-        position_grid=position_grid,
-        ignore=ignore,
-    )
+    with naming(path):
+        return convert_timm(
+            arrays,
+            num_heads=num_heads,
+            mean=mean,
+            std=std,
+            activation=activation,
+            norm_epsilon=norm_epsilon,
+            position_grid=position_grid,
+            ignore=ignore,
+        )
 
 
 def convert_timm(

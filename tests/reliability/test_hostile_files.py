@@ -1,0 +1,506 @@
+"""Files of strangers: nothing in them is run, and nothing is connected to for them."""
+
+import contextlib
+import copy
+import html.parser
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import fiddle as fdl
+import jax
+import numpy as np
+import pytest
+from fiddle.experimental import serialization
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mutations
+from watched import outside, watched
+
+from mtl_jax import cli
+from mtl_jax.configuration import from_document
+from mtl_jax.layers import mlp
+from mtl_jax.report import write_comparison, write_report
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_dtype_promotion():
+    """Optax's schedules and its Adam mix floats and integers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    """What a test adds to where modules are found, or imports, it takes away again."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = set(sys.modules)
+    yield
+    for name in {"hostile", "trusted", "beside"} & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def mistake(capsys, tmp_path, monkeypatch):
+    """Runs a command that must fail as a user's mistake; returns its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capsys.readouterr()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert error.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return run
+
+
+def names(node):
+    """Every place of a document that names something."""
+    if isinstance(node, dict):
+        if node.get("type") == "pyref":
+            yield node
+        for item in node.values():
+            yield from names(item)
+    elif isinstance(node, list):
+        for item in node:
+            yield from names(item)
+
+
+def renamed(module, name, old="Classification"):
+    """A document that names something else in place of a head."""
+    document = mutations.document("dense")
+    for place in names(document["fiddle"]):
+        if place["name"] == old:
+            place.update(module=module, name=name)
+    return document
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("mtl_jax.models.pretrained.files", "read_arrays"),
+        ("mtl_jax.models.pretrained", "read_arrays"),
+        ("mtl_jax.models.inference", "predict"),
+        ("mtl_jax.optim.grouped", "_split"),
+        ("mtl_jax.data.sources.tfds", "dataclasses"),
+        ("fiddle._src.config", "get_callable"),
+        ("fiddle._src.config", "Buildable"),
+        ("fiddle._src.partial", "_build_partial"),
+        ("flax.linen", "tabulate"),
+        ("flax.linen.summary", "tabulate"),
+        ("flax.linen.transforms", "lift_direct_transform"),
+        ("flax.linen.kw_only_dataclasses", "dataclass"),
+        ("jax.numpy.linalg", "inv"),
+        ("jax.numpy", "frompyfunc"),
+        ("jax.numpy", "ufunc"),
+        ("optax.optax_test", "OptaxTest"),
+        ("optax.losses._classification_test", "SoftmaxCrossEntropyTest"),
+        ("builtins", "type"),
+        ("builtins", "NoneType.__class__"),
+        ("", ""),
+        (".os", "system"),
+        ("mtl_jax.optim\0", "sum"),
+    ],
+)
+def test_what_has_no_place_in_a_config_is_not_named(module, name):
+    with pytest.raises(ValueError, match=r"not in a trusted module|cannot be read"):
+        from_document(renamed(module, name))
+    assert not [
+        name for name in sys.modules if name.startswith("optax.") and "_test" in name
+    ]
+
+
+def test_reading_a_document_calls_nothing(monkeypatch):
+    calls = []
+
+    def quick_gelu(*arguments):
+        calls.append(arguments)
+
+    quick_gelu.__module__ = mlp.__name__
+    monkeypatch.setattr(mlp, "quick_gelu", quick_gelu)
+    document = mutations.document("dense")
+    function = {"type": "pyref", "module": mlp.__name__, "name": "quick_gelu"}
+    metadata = {
+        "type": "pyref",
+        "module": "fiddle._src.config",
+        "name": "BuildableTraverserMetadata",
+    }
+    called = {"type": metadata, "items": [["", 3]], "metadata": function}
+    document["fiddle"]["objects"]["a_call"] = called
+    document["fiddle"]["root"] = {"type": "ref", "key": "a_call"}
+    with pytest.raises(ValueError, match=r"quick_gelu, which is not in a trusted"):
+        from_document(document)
+    assert calls == []
+    # Fiddle itself takes the function for the type of a tuple with names.
+    serialization.load_json(json.dumps(document["fiddle"]))
+    assert calls == [(3,)]
+
+
+def of_lists(objects, root):
+    """A document that holds such lists; a string in one refers to another."""
+    kind = {"type": "pyref", "module": "builtins", "name": "list"}
+
+    def node(item):
+        return {"type": "ref", "key": item} if isinstance(item, str) else item
+
+    document = mutations.document("dense")
+    document["fiddle"]["objects"] = {
+        name: {"type": kind, "items": [["", node(i)] for i in items], "metadata": None}
+        for name, items in objects.items()
+    }
+    document["fiddle"]["root"] = {"type": "ref", "key": root}
+    return document
+
+
+@pytest.mark.parametrize(
+    ("objects", "expected"),
+    [
+        ({"a": ["a"]}, "nested more than"),
+        ({"a": ["b"], "b": ["c"], "c": ["a"]}, "nested more than"),
+        ({"a": ["b"]}, "KeyError: 'b'"),
+        (
+            {
+                "a": ["x0"],
+                **{f"x{i}": [f"x{i + 1}"] * 9 for i in range(12)},
+                "x12": [1],
+            },
+            "more than 100,000 values",
+        ),
+        (
+            {"a": ["x0"], **{f"x{i}": [f"x{i + 1}"] for i in range(90)}, "x90": []},
+            "nested",
+        ),
+        ({"a": [0] * 200_000}, "more than 100,000 values"),
+    ],
+)
+def test_documents_without_end(objects, expected):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=f"config.json cannot be read .*{expected}"):
+        from_document(of_lists(objects, "a"))
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("gs://bucket/data", "s3://bucket", "hf://user/data", "GS://bucket", "az://x"),
+        *("http://host/x", "file:///etc/passwd", "/gs/bucket", "/./s3/x", "/hf/x/../y"),
+    ],
+)
+def test_addresses_are_not_connected_to(address):
+    document = json.loads(
+        json.dumps(mutations.document("dense")).replace('"train"', json.dumps(address))
+    )
+    with (
+        watched() as events,
+        pytest.raises(ValueError, match="names the address") as error,
+    ):
+        from_document(document)
+    assert f"add --trust {address}" in str(error.value)
+    assert events == []
+    if "://" in address:
+        assert from_document(document, [address[: address.index("://") + 4]])
+        with pytest.raises(ValueError, match="names the address"):
+            from_document(document, ["gs://other"])
+
+
+def test_of_a_trusted_file_only_the_file_is_trusted(tmp_path):
+    (tmp_path / "trusted.py").write_text("import beside\nfrom beside import Head\n")
+    (tmp_path / "beside.py").write_text(
+        "import flax.linen as nn\nclass Head(nn.Module):\n    num_classes: int\n"
+    )
+    # These would be found there first, by whatever imports them later.
+    for name in ("antigravity", "this"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="add --trust beside"):
+        from_document(renamed("beside", "Head"), [str(tmp_path / "trusted.py")])
+    importlib.invalidate_caches()
+    for name in ("antigravity", "this"):
+        origin = importlib.util.find_spec(name).origin
+        assert not Path(origin).is_relative_to(tmp_path)
+
+
+def test_a_trusted_file_that_fails_says_where(tmp_path):
+    file = tmp_path / "trusted.py"
+    file.write_text("x = 1\ny = x / 0\n")
+    with pytest.raises(ValueError, match=r"trusted\.py, line 2: ZeroDivisionError"):
+        from_document(mutations.document("dense"), [str(file)])
+    assert "trusted" not in sys.modules
+
+
+def test_a_trusted_file_with_the_name_of_a_module_in_use(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="cannot be told from the module json"):
+        from_document(mutations.document("dense"), [str(tmp_path / "json.py")])
+    assert sys.modules["json"] is json
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run, and what else the program did meanwhile."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    arguments = ["train", str(HERE / f"{mutations.CONFIG}:pair")]
+    with watched() as events, contextlib.redirect_stdout(None):
+        cli.main([*arguments, "--workdir", str(folder)])
+        sockets = [
+            link
+            for number in os.listdir("/proc/self/fd")
+            if (link := _link(f"/proc/self/fd/{number}")).startswith("socket:")
+        ]
+    return folder, events, sockets
+
+
+def _link(path):
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def test_training_writes_its_folder_and_connects_to_nothing(run):
+    folder, events, sockets = run
+    assert {event for event, _ in events} <= {
+        *("open", "os.mkdir", "os.remove", "os.rmdir", "os.rename"),
+    }
+    assert outside(events, folder) == []
+    assert sockets == []
+
+
+@pytest.fixture
+def stranger(run, tmp_path):
+    """A copy of that run, as it was received from somebody."""
+    return Path(shutil.copytree(run[0], tmp_path / "stranger"))
+
+
+def test_a_run_of_a_stranger_is_shown_trained_and_looked_at(
+    stranger, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    config = str(stranger / "config.json")
+    with watched() as events:
+        cli.main(["show", config, "--seed", "7"])
+        assert "seed = 7\n" in capsys.readouterr().out
+        cli.main(["eval", str(stranger)])
+        cli.main(["report", str(stranger)])
+        cli.main(["train", config, "--set", "num_steps=2"])
+    # Named after the folder of the one with another length.
+    assert Path("runs/stranger/result.json").is_file()
+    assert json.loads(Path("runs/stranger/result.json").read_text())["num_steps"] == 2
+    assert not {"pickle.find_class", "socket.connect"} & {event for event, _ in events}
+    assert outside(events, tmp_path) == []
+
+
+def test_the_same_config_is_the_same_run(stranger, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    workdir = ("--workdir", str(stranger))
+    cli.main(["train", str(stranger / "config.json"), *workdir])
+    assert "finished run; nothing to train" in capsys.readouterr().out
+
+
+def test_code_of_a_stranger_is_not_run(stranger, mistake, tmp_path):
+    hostile = "raise SystemExit('ran')\n"
+    for folder in (tmp_path, stranger):
+        (folder / "hostile.py").write_text(hostile)
+    document = json.loads((stranger / "config.json").read_text())
+    for place in names(document["fiddle"]):
+        if place["name"] == "Classification":
+            place.update(module="hostile", name="Head")
+    (stranger / "config.json").write_text(json.dumps(document))
+    for command in (
+        ("show", stranger / "config.json"),
+        ("train", stranger / "config.json"),
+        ("eval", stranger),
+        ("compile", stranger / "config.json", "--topology", "v5e:2x2"),
+    ):
+        assert "hostile.Head, which is not in a trusted module" in mistake(*command)
+    assert "hostile" not in sys.modules
+    # With trust it is.
+    error = mistake(
+        "show", stranger / "config.json", "--trust", stranger / "hostile.py"
+    )
+    assert "hostile.py, line 1: SystemExit: ran" in error
+
+
+@pytest.mark.parametrize(
+    "config", ["../../escaped", "/tmp/escaped", "a/b", "", None, [1]]
+)
+def test_the_name_in_a_document_leads_nowhere(stranger, tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    file = stranger / "config.json"
+    document = json.loads(file.read_text()) | {"config": config, "fields": {}}
+    file.write_text(json.dumps(document))
+    with watched() as events:
+        cli.main(["show", str(file)])
+    assert events == []
+    from mtl_jax.configuration import full_name
+
+    assert full_name(str(file)) == "stranger"
+
+
+def test_a_document_that_is_none(mistake, tmp_path):
+    for content, expected in (
+        ("{", "is not valid JSON"),
+        ("[]", "is not a JSON object"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("{}", "config.json cannot be read (KeyError: 'fiddle')"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        assert expected in mistake("show", "config.json")
+    assert "no such file" in mistake("train", "other.json")
+    (tmp_path / "config.json").write_text(json.dumps(mutations.document("dense")))
+    assert "cannot be shrunk by --smoke" in mistake("train", "config.json", "--smoke")
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**30)
+    assert "more than any config" in mistake("show", "config.json")
+
+
+def test_checkpoints_import_and_unpickle_nothing(
+    stranger, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "hostile.py").write_text("raise SystemExit('ran')\n")
+    sys.path.insert(0, str(tmp_path))
+    changed = 0
+    for file in (stranger / "checkpoints").rglob("*"):
+        if file.is_file() and file.name in (
+            "_CHECKPOINT_METADATA",
+            "_METADATA",
+            "_sharding",
+        ):
+            text = file.read_text()
+            for name in ("orbax.checkpoint", "jax.Array", "NamedSharding"):
+                text = text.replace(name, "hostile.Handler")
+            changed += text != file.read_text()
+            file.write_text(text)
+    assert changed
+    with watched() as events, contextlib.suppress(SystemExit):
+        cli.main(["eval", str(stranger)])
+    assert "Traceback" not in capsys.readouterr().err
+    assert "hostile" not in sys.modules
+    assert not {"pickle.find_class", "socket.connect"} & {event for event, _ in events}
+
+
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}{% x %}"
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements of a page, with their attributes' names."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.texts = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, *(name for name, _ in attrs)))
+        self.texts += [value for _, value in attrs if value]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def marked(value, mark):
+    """A document with a mark behind each of its strings and keys of the user's."""
+    fixed = {
+        *("config", "seed", "num_steps", "tasks", "sources", "metrics", "headline"),
+        *("output", "kind", "dense", "class_names", "num_classes", "value", "mesh"),
+        *("higher_is_better", "constant_predictor", "train_examples", "test_examples"),
+        *("examples_per_step", "image_shape", "method", "aggregator", "gradients_at"),
+        *("sharpness_rho", "cost", "versions", "device", "wall_time_seconds", "fields"),
+        *("classes", "values", "fiddle", "step", "parameters", "active_parameters"),
+    }
+    if isinstance(value, dict):
+        return {
+            k if k in fixed else _marked_name(k, mark): marked(v, mark)
+            for k, v in value.items()
+        }
+    if isinstance(value, list):
+        return [marked(item, mark) for item in value]
+    return value + mark if isinstance(value, str) and value not in fixed else value
+
+
+def _marked_name(name, mark):
+    # Flat names are a task's or a source's, and what is logged of it.
+    first, *rest = name.split("/")
+    return "/".join([first if first == "all" else first + mark, *rest])
+
+
+def test_pages_make_no_elements_of_names(tmp_path):
+    specification = importlib.util.spec_from_file_location(
+        "report_conftest", HERE.parent / "report" / "conftest.py"
+    )
+    conftest = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(conftest)
+    make = conftest.make_run.__wrapped__(tmp_path)
+    pages = {}
+    # Names cannot hold a slash where they are parts of flat names.
+    for mark in ("plain", MARKUP.replace("/", "")):
+        folder = make(
+            f"a{mark[:7]}", tasks=("surface", "elevation", "digit"), num_steps=4
+        )
+        for name in ("config.json", "result.json"):
+            document = marked(json.loads((folder / name).read_text()), mark)
+            (folder / name).write_text(json.dumps(document))
+        result = json.loads((folder / "result.json").read_text())
+        for entry in result["tasks"].values():
+            # Metrics are parts of flat names behind the task's.
+            entry["metrics"] = {
+                k.removesuffix(mark) + mark: v for k, v in entry["metrics"].items()
+            }
+            entry["headline"] = next(iter(entry["metrics"]))
+        (folder / "result.json").write_text(json.dumps(result))
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = [json.dumps(marked(json.loads(line), mark)) for line in lines]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        with np.load(folder / "samples.npz") as archive:
+            samples = {_samples_name(k, mark): archive[k] for k in archive.files}
+        np.savez(folder / "samples.npz", **samples)
+        second = Path(shutil.copytree(folder, tmp_path / f"b{mark[:7]}"))
+        write_report(folder, [second])
+        write_comparison([folder, second], tmp_path / "page.html")
+        texts = [
+            (folder / "report.html").read_text(),
+            (tmp_path / "page.html").read_text(),
+        ]
+        pages[mark] = [Elements(text) for text in texts]
+    for plain, hostile in zip(*pages.values(), strict=True):
+        assert hostile.found == plain.found
+        assert not any(
+            name.startswith("on") for _, *names in hostile.found for name in names
+        )
+        shown = "".join(hostile.texts)
+        assert shown.count("alert(1)") > 20
+        assert "{{ 7 * 7 }}" in shown
+
+
+def _samples_name(name, mark):
+    source, *rest = name.split("/")
+    rest = [
+        part
+        if part in ("image", "target", "prediction", "routing")
+        or part.startswith("block")
+        else part + mark
+        for part in rest
+    ]
+    return "/".join([source + mark, *rest])
+
+
+def test_a_config_of_the_program_is_itself_harmless():
+    # What the tests above change is read without them.
+    assert isinstance(from_document(mutations.document("dense")), fdl.Config)
+    assert isinstance(
+        from_document(copy.deepcopy(mutations.document("experts"))), fdl.Config
+    )
