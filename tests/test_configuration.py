@@ -242,6 +242,12 @@ def test_fields_are_set_by_their_path(assignment, read, value):
     assert type(result) is type(value)
 
 
+def test_what_has_no_name_of_its_own_is_set_by_its_number():
+    config = load_config("mod_squad")
+    override(config, ["trunk.attention.0.num_experts=9"])
+    assert config.trunk.attention[0].num_experts == 9
+
+
 def test_later_assignments_win():
     assert changed("seed=1", "seed=2").seed == 2
 
@@ -402,6 +408,14 @@ def test_fields_hold_defaults_and_name_what_is_configured():
     assert fields["tasks.surface.head.num_classes"] == 2
     assert fields["mixture.components.earth.augment"].endswith(".dihedral")
     assert fields["mixture.components.earth.tasks"][0] == "surface"
+
+
+@pytest.mark.parametrize("variant", ["loss_free", "expert_choice"])
+def test_defaults_read_the_same_in_every_process(variant):
+    name = f"earth_digits:{variant}"
+    fields = to_document(load_config(name), name)["fields"]
+    assert "0x" not in json.dumps(fields)
+    assert fields["trunk.moe.router.gate"].startswith("mtl_jax.layers.moe.gates.Gate(")
 
 
 def test_differences_name_every_field_that_differs():

@@ -1,6 +1,8 @@
 """Configs as JSON: readable fields, and what rebuilds a config exactly."""
 
+import functools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,8 +64,19 @@ def _readable(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_readable(item) for item in value]
+    if isinstance(value, functools.partial):
+        given = [
+            *value.args,
+            *(f"{k}={_readable(v)}" for k, v in value.keywords.items()),
+        ]
+        return f"{_readable(value.func)}({', '.join(map(str, given))})"
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-    return f"{value.__module__}.{name}" if name else repr(value)
+    # Where something lies in memory is different in every process.
+    return (
+        f"{value.__module__}.{name}"
+        if name
+        else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    )
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

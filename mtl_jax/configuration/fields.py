@@ -76,7 +76,8 @@ def _names(node: Any) -> list[str]:
     if isinstance(node, Mapping):
         return [str(key) for key in node]
     if isinstance(node, Sequence) and not isinstance(node, str):
-        return [str(getattr(item, "name", i)) for i, item in enumerate(node)]
+        names = [getattr(item, "name", None) for item in node]
+        return [n if isinstance(n, str) else str(i) for i, n in enumerate(names)]
     return []
 
 
