@@ -68,26 +68,7 @@ def killed_at_random(commands, arguments, folder, seed, number):
     return run, inside
 
 
-def test_three_kills(commands, whole, tmp_path):
-    run, _ = killed_at_random(commands, [CONFIG], tmp_path, 0, 3)
-    assert_same_run(run, whole)
-
-
-@pytest.mark.slow
-def test_fifty_kills(commands, tmp_path):
-    """With an aggregator that keeps gradients, and computation in bfloat16."""
-    arguments = (f"{CONFIG}:moco", "--set", "num_steps=300")
-    undisturbed = tmp_path / "whole"
-    command = commands.start(
-        "train", *arguments, "--workdir", undisturbed, folder=tmp_path
-    )
-    assert command.wait() == 0, command.output
-    run, inside = killed_at_random(commands, arguments, tmp_path, 1, 50)
-    assert inside > 5
-    assert_same_run(run, undisturbed)
-
-
-def test_signals(commands, whole, tmp_path):
+def test_two_signals_and_three_kills(commands, whole, tmp_path):
     run = tmp_path / "run"
 
     def start():
@@ -113,6 +94,19 @@ def test_signals(commands, whole, tmp_path):
     assert 2 <= stopped < 30
     assert "Traceback" not in command.output
 
-    command = start()
-    assert command.wait() == 0, command.output
+    killed_at_random(commands, [CONFIG], tmp_path, 0, 3)
     assert_same_run(run, whole)
+
+
+@pytest.mark.slow
+def test_fifty_kills(commands, tmp_path):
+    """With an aggregator that keeps gradients, and computation in bfloat16."""
+    arguments = (f"{CONFIG}:moco", "--set", "num_steps=300")
+    undisturbed = tmp_path / "whole"
+    command = commands.start(
+        "train", *arguments, "--workdir", undisturbed, folder=tmp_path
+    )
+    assert command.wait() == 0, command.output
+    run, inside = killed_at_random(commands, arguments, tmp_path, 1, 50)
+    assert inside > 5
+    assert_same_run(run, undisturbed)
