@@ -31,6 +31,11 @@ def start_from(
     that is whole, and prints which one that is, which are damaged, which parameters the
     run starts from and which stay fresh.
 
+    It takes parameters alone. What the other run's trunk keeps besides, such as the
+    biases of `mtl_jax.layers.moe.routers.LossFree`, would start anew and send tokens to
+    other experts, so that such a run is refused. The new run's own trunk may keep what
+    it likes: an upcycled one starts with fresh biases, as it should.
+
     Args:
       params: Fresh parameters ``{"trunk": ..., "heads": ...}``.
       run: Folder of the other run.
@@ -44,7 +49,8 @@ def start_from(
 
     Raises:
       RunFolderError: If the folder has no checkpoint that is whole.
-      ValueError: If the parameters do not fit.
+      ValueError: If the parameters do not fit, or the other run's trunk keeps more than
+        parameters.
     """
     origin, saved = _read(run, shapes_only=False)
     made = make(params, saved)
@@ -62,7 +68,8 @@ def train_new(
 
     For an experiment's ``optimizer``, as a partial, where ``initialize`` extends the
     other run's parameters by new tasks and experts. It needs the other run's folder
-    whenever the experiment is used.
+    whenever the experiment is used. It holds parameters alone: a run whose trunk keeps
+    more, which would go on moving, is refused.
 
     Args:
       num_steps: Length of the run.
@@ -71,6 +78,7 @@ def train_new(
 
     Raises:
       RunFolderError: If the folder has no checkpoint that is whole.
+      ValueError: If the other run's trunk keeps more than parameters.
     """
     shapes = {
         path_name(path): leaf.shape
@@ -85,7 +93,7 @@ def _read(run: str, *, shapes_only: bool) -> tuple[str, Any]:
     """Parameters of the newest checkpoint that is whole, and which one that is.
 
     They are arrays of the host, or their shapes; for these, the files with the arrays
-    are not checked.
+    are not checked. A ValueError if the run keeps more than parameters.
     """
     directory = Path(run) / "checkpoints"
     # A checkpoint that is still being written has another name.
@@ -103,18 +111,31 @@ def _read(run: str, *, shapes_only: bool) -> tuple[str, Any]:
             damaged.append(f"the checkpoint {folder} is damaged ({error.reason})")
             continue
         origin = "; ".join([f"step {step} of {run}", *damaged])
-        return origin, _restore(folder, shapes_only=shapes_only)
+        return origin, _restore(run, folder, shapes_only=shapes_only)
     raise RunFolderError(
         f"{'; '.join(damaged)}, and there is no other to start from; restore one from "
         "a copy, or train the run again"
     )
 
 
-def _restore(folder: Path, *, shapes_only: bool) -> Any:
+def _restore(run: str, folder: Path, *, shapes_only: bool) -> Any:
     state = (folder / "state").absolute()
     logging.getLogger("absl").setLevel(logging.ERROR)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        params = checkpointer.metadata(state).item_metadata.tree["params"]
+        tree = checkpointer.metadata(state).item_metadata.tree
+        collections = {
+            name: kept
+            for name, kept in (tree.get("collections") or {}).items()
+            if jax.tree.leaves(kept)
+        }
+        if collections:
+            raise ValueError(
+                f"run is {run!r}, whose trunk keeps {', '.join(map(repr, collections))} "
+                "besides its parameters, and a run that starts from it takes parameters "
+                "alone; start from a run with a router that keeps nothing besides, which "
+                "is any but LossFree"
+            )
+        params = tree["params"]
         if shapes_only:
             return jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params

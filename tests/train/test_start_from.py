@@ -9,6 +9,7 @@ import pytest
 from small import PATCH, experiment
 
 from mtl_jax.data.mixture import training_batches
+from mtl_jax.layers.moe.routers import LossFree
 from mtl_jax.models import VisionTransformer
 from mtl_jax.models.experts import extend, upcycle
 from mtl_jax.train import RunFolderError, adamw, build_program, check_initialize
@@ -101,6 +102,26 @@ def test_nothing_of_the_other_run_moves(run):
         for name, head in updates["heads"].items()
     }
     assert moved == {**dict.fromkeys(params["heads"], False), "more": True}
+
+
+def test_a_run_that_keeps_more_than_parameters_is_refused(run, tmp_path):
+    """Biases would begin anew, and those of old experts go on moving."""
+    trunk = experiment().trunk.clone(mlp_ratio=1)
+    trunk = trunk.clone(moe=functools.partial(trunk.moe, router=LossFree))
+    start = functools.partial(start_from, run=str(run[0]), make=upcycle)
+    program = build_program(experiment(trunk=trunk, initialize=start))
+    # From a dense one it may begin, with biases of its own.
+    check_initialize(start, program.abstract_params())
+    state = save(program, tmp_path)
+    biases = jax.tree.leaves(state.collections["balance"])
+    assert biases
+    assert not any(np.any(bias) for bias in biases)
+    refused = rf"run is '{tmp_path}', whose trunk keeps 'balance' .* any but LossFree"
+    with pytest.raises(ValueError, match=refused):
+        train_new(3, optimizer=adamw, run=str(tmp_path))
+    again = functools.partial(start_from, run=str(tmp_path), make=extend)
+    with pytest.raises(ValueError, match=f"initialize: {refused}"):
+        check_initialize(again, program.abstract_params())
 
 
 def test_folders_without_checkpoints_are_named(run, tmp_path):
