@@ -78,7 +78,7 @@ class Cases:
     """Damaged files in a folder, and what is to read each."""
 
     def __init__(self, folder):
-        self.folder, self.cases = folder, []
+        self.folder, self.cases, self.count = folder, [], itertools.count()
 
     def add(self, reader, name, *arguments, named, must_refuse=False):
         """Adds one.
@@ -102,8 +102,8 @@ class Cases:
 
     def new(self):
         """A new folder."""
-        folder = self.folder / str(len(self.cases))
-        folder.mkdir(parents=True)
+        folder = self.folder / str(next(self.count))
+        folder.mkdir()
         return folder
 
 
@@ -211,16 +211,23 @@ def of_tfds(cases, number):
         )
 
 
-def of_runs(cases, number):
-    """Folders of runs for pages, and for what continues or evaluates them."""
+def made_up_runs(folder):
+    """Two folders of runs, as the tests of pages make them."""
     specification = importlib.util.spec_from_file_location(
         "report_conftest", TESTS / "report" / "conftest.py"
     )
     conftest = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(conftest)
-    make = conftest.make_run.__wrapped__(cases.folder)
-    good = make("good", tasks=("surface", "elevation", "digit"), num_steps=6)
-    other = make("other", tasks=("surface", "digit"), num_steps=4, seed=1)
+    make = conftest.make_run.__wrapped__(folder)
+    return (
+        make("good", tasks=("surface", "elevation", "digit"), num_steps=6),
+        make("other", tasks=("surface", "digit"), num_steps=4, seed=1),
+    )
+
+
+def of_pages(cases, number):
+    """Folders of finished runs, of which pages are made."""
+    good, other = made_up_runs(cases.new())
     names = itertools.cycle(
         ("result.json", "metrics.jsonl", "samples.npz", "timings.jsonl", "config.json")
     )
@@ -229,6 +236,11 @@ def of_runs(cases, number):
         shutil.copytree(good, folder)
         damage_file(folder / name, random.Random(f"pages {seed}"))
         cases.add("pages", f"{name} {seed}", str(folder), str(other), named=str(folder))
+
+
+def of_runs(cases, number):
+    """Folders of runs for what continues or evaluates them."""
+    good, _ = made_up_runs(cases.new())
     for seed in range(number):
         folder = cases.new() / "run"
         shutil.copytree(good, folder)
@@ -318,7 +330,8 @@ def test_damaged_files(tmp_path):
             of_big_vision: 6,
             of_safetensors: 10,
             of_published: 8,
-            of_runs: 3,
+            of_pages: 1,
+            of_runs: 4,
         },
     )
     assert len(results) > 90
@@ -334,6 +347,7 @@ def test_200_damaged_files(tmp_path):
             of_safetensors: 40,
             of_published: 40,
             of_tfds: 40,
+            of_pages: 40,
             of_runs: 40,
         },
     )

@@ -252,7 +252,7 @@ def test_a_trusted_file_with_the_name_of_a_module_in_use(tmp_path):
 def run(tmp_path_factory):
     """The folder of a finished run, and what else the program did meanwhile."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    arguments = ["train", str(HERE / f"{mutations.CONFIG}:pair")]
+    arguments = ["train", str(HERE / f"{mutations.CONFIG}:summed")]
     with watched() as events, contextlib.redirect_stdout(None):
         cli.main([*arguments, "--workdir", str(folder)])
         sockets = [
@@ -285,16 +285,19 @@ def stranger(run, tmp_path):
     return Path(shutil.copytree(run[0], tmp_path / "stranger"))
 
 
-def test_a_run_of_a_stranger_is_shown_trained_and_looked_at(
-    stranger, tmp_path, monkeypatch, capsys
-):
+def test_a_run_of_a_stranger_is_shown(stranger, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with watched() as events:
+        cli.main(["show", str(stranger / "config.json"), "--seed", "7"])
+    assert "seed = 7\n" in capsys.readouterr().out
+    assert events == []
+
+
+@pytest.mark.slow
+def test_a_run_of_a_stranger_is_trained(stranger, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = str(stranger / "config.json")
     with watched() as events:
-        cli.main(["show", config, "--seed", "7"])
-        assert "seed = 7\n" in capsys.readouterr().out
-        cli.main(["eval", str(stranger)])
-        cli.main(["report", str(stranger)])
         cli.main(["train", config, "--set", "num_steps=2"])
     # Named after the folder of the one with another length.
     assert Path("runs/stranger/result.json").is_file()
@@ -348,6 +351,44 @@ def test_the_name_in_a_document_leads_nowhere(stranger, tmp_path, monkeypatch, c
     from mtl_jax.configuration import full_name
 
     assert full_name(str(file)) == "stranger"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("eval", "RUN", "--step", "-1"), "has no checkpoint -1; it has [1]"),
+        (("eval", "RUN", "--step", "9" * 30), f"has no checkpoint {'9' * 30}; it has"),
+        (("eval", "nowhere"), "nowhere holds no run: it has no config.json"),
+        (("eval", "pipe"), "pipe holds no run: it has no config.json"),
+        (("eval", "x" * 300), "File name too long"),
+        (("eval", "a\0b"), "a\\x00b holds no run"),
+        (("eval", "piped"), "piped holds no run: it has no config.json"),
+        (("export", "RUN", "--task", "<b>"), "'<b>'"),
+        (("export", "RUN", "--task", "left", "--batch", "0"), "batch is 0"),
+        (("extract", "RUN", "--task", "left", "--output", "x"), "experts"),
+        (("report", "pipe"), "pipe is not a folder"),
+        (("report", "piped"), "piped holds no result.json"),
+        (("report", "RUN", "--baselines", "piped"), "piped holds no result.json"),
+        (("report", "a\0b"), "is not a folder"),
+        (
+            ("compare", "RUN", "RUN", "--output", "no/page.html"),
+            "no/page.html can't be",
+        ),
+        (("compare", "RUN", "RUN", "--output", "piped"), "piped can't be written"),
+        (("compare", "RUN", "RUN", "--output", "x" * 300), "can't be written"),
+        (("show", "piped/config.json"), "there is no such file"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
+)
+def test_commands_about_runs_that_cannot_be(
+    run, mistake, tmp_path, arguments, expected
+):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "piped").mkdir()
+    for name in ("config.json", "result.json"):
+        os.mkfifo(tmp_path / "piped" / name)
+    error = mistake(*(run[0] if a == "RUN" else a for a in arguments))
+    assert expected in error
 
 
 def test_a_document_that_is_none(mistake, tmp_path):

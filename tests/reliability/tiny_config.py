@@ -74,6 +74,13 @@ def pair():
     return config
 
 
+def summed():
+    """Those two tasks, plainly summed: what compiles fastest."""
+    config = pair()
+    config.aggregator = fdl.Partial(optim.sum)
+    return config
+
+
 def experts():
     """Two tasks with routers of their own, balanced."""
     config = pair()
@@ -106,7 +113,13 @@ def maps():
     return config
 
 
-VARIANTS = {"dense": dense, "pair": pair, "experts": experts, "maps": maps}
+VARIANTS = {
+    "dense": dense,
+    "pair": pair,
+    "summed": summed,
+    "experts": experts,
+    "maps": maps,
+}
 
 
 def smoke(config):
