@@ -97,6 +97,15 @@ def hold_experts(trunk_params: Mapping) -> dict:
     }
 
 
+def _task_index(model: MultitaskModel, task: str) -> int:
+    tasks = list(model.heads)
+    if task not in tasks:
+        raise ValueError(
+            f"task is {task!r}, but the model has heads for {tasks}; name one of them"
+        )
+    return tasks.index(task)
+
+
 def task_features(
     model: MultitaskModel,
     trunk_params: Mapping,
@@ -155,8 +164,11 @@ def predict(
       images: ``[batch, height, width, channels]``.
       task: Name of the task.
       collections: What the trunk keeps besides its parameters.
+
+    Raises:
+      ValueError: If the model has no such task.
     """
-    index = list(model.heads).index(task)
+    index = _task_index(model, task)
     features, _ = task_features(model, params["trunk"], images, index, collections)
     return model.apply_head(params["heads"][task], features, task)
 
@@ -228,9 +240,9 @@ def measure_usage(
       collections: What the trunk keeps besides its parameters.
 
     Raises:
-      ValueError: If there is no batch.
+      ValueError: If there is no batch, or the model has no such task.
     """
-    index = list(model.heads).index(task)
+    index = _task_index(model, task)
 
     @jax.jit
     def load(trunk_params: Mapping, images: Array) -> dict[str, Array]:
@@ -387,16 +399,16 @@ class Predictor:
           task: One of the tasks that the parameters were placed for.
 
         Raises:
-          ValueError: If the task has no head here.
+          ValueError: If the model has no such task, or it has no head here.
           MissingExpertError: If a patch was routed to an expert that was left out; says
             to which, and how many.
         """
+        index = np.int32(_task_index(self.model, task))
         if task not in self.params["heads"]:
             raise ValueError(
                 f"task is {task!r}, but the parameters were placed for "
                 f"{sorted(self.params['heads'])}"
             )
-        index = np.int32(list(self.model.heads).index(task))
         features, statistics = self.trunk(self.params["trunk"], images, index)
         prediction = self._head(self.params["heads"][task], features, task)
         if self._complete:

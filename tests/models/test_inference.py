@@ -223,3 +223,17 @@ def test_mistakes_are_explained():
     with pytest.raises(ValueError, match="the parameters were placed for"):
         place(("digit",), {})(IMAGES, "height")
     assert jnp.isfinite(plain("digit")).all()
+
+
+def test_a_task_that_the_model_does_not_have_is_named_beside_those_it_has():
+    params = parameters()
+    message = (
+        r"task is 'zz', but the model has heads for \['surface', 'height', 'digit'"
+    )
+    for ask in (
+        lambda: predict(MODEL, params, IMAGES, "zz"),
+        lambda: measure_usage(MODEL, params, [IMAGES], "zz"),
+        lambda: streamed()(IMAGES, "zz"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()

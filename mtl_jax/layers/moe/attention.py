@@ -10,6 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.low_rank import LowRank
+from mtl_jax.layers.moe.checks import (
+    check_capacity_factor,
+    check_selected,
+    check_tokens,
+)
 from mtl_jax.layers.moe.dispatch import slots_per_expert
 from mtl_jax.layers.moe.execution import Execution, choose, run
 from mtl_jax.layers.moe.experts import expert_stages
@@ -76,11 +81,15 @@ class MoeAttention(nn.Module):
           train: Whether the router may be noisy, which takes the ``router`` key.
 
         Raises:
-          ValueError: If ``num_heads`` is not in ``[1, num_experts]`` or, without a
-            ``head_width``, does not divide the width; if batch or experts do not
-            divide over the mesh; if ``capacity_factor`` leaves no slot; if ``task``
-            does not fit ``num_tasks``; or if the router fills buffers itself.
+          ValueError: If ``x`` has another shape; if there is no expert, or
+            ``num_heads`` is not in ``[1, num_experts]`` or, without a ``head_width``,
+            does not divide the width; if batch or experts do not divide over the mesh;
+            if ``capacity_factor`` is not finite or leaves no slot; if ``task`` does not
+            fit ``num_tasks``; or if the router fills buffers itself.
         """
+        check_tokens(x)
+        check_selected("num_heads", self.num_heads, self.num_experts)
+        check_capacity_factor(self.capacity_factor)
         batch, num_tokens, width = x.shape
         head_width = self._head_width(width)
         expert_parallel.check_divisible(num_groups=batch, num_experts=self.num_experts)
@@ -132,11 +141,6 @@ class MoeAttention(nn.Module):
         return output
 
     def _head_width(self, width: int) -> int:
-        if not 1 <= self.num_heads <= self.num_experts:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not between 1 and "
-                f"num_experts={self.num_experts}: each token picks so many of them."
-            )
         if self.head_width is not None:
             return self.head_width
         if width % self.num_heads:

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.mlp import exact_gelu
@@ -36,21 +38,36 @@ def check_task(task: Array | int | None, num_tasks: int | None) -> None:
     """Checks that a task is given exactly where a gate depends on it.
 
     Args:
-      task: Index of the task, possibly traced, or None.
+      task: Index of the task, possibly traced, or None. The value of a traced one is
+        not known, and not checked.
       num_tasks: Number of tasks that the gate knows, None where it looks at none.
 
     Raises:
-      ValueError: If it is missing, superfluous, or not one of them.
+      ValueError: If it is missing, superfluous, not a single integer, or not one of
+        them.
     """
     if (task is None) != (num_tasks is None):
         raise ValueError(
             f"task={task!r} does not fit num_tasks={num_tasks}: give a task "
             "exactly where there is one router a task."
         )
-    if isinstance(task, int) and not 0 <= task < (num_tasks or 0):
+    if task is None or num_tasks is None:
+        return
+    if not _is_integer(task):
+        raise ValueError(
+            f"task={task!r} is not a single integer; give the index of one of "
+            f"num_tasks={num_tasks} tasks, counted from 0."
+        )
+    if not isinstance(task, Tracer) and not 0 <= int(task) < num_tasks:
         raise ValueError(
             f"task={task} is not one of num_tasks={num_tasks} tasks; count from 0."
         )
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Gate(nn.Module):
@@ -67,7 +84,7 @@ class Gate(nn.Module):
       visible_experts: How many experts each task sees, which are the first ones; None
         where all tasks see all. Experts that are added for new tasks leave the others
         as they are where those do not see them. A task must see as many experts as a
-        token goes to.
+        token goes to, which is the ``num_selected`` of the router that has the gate.
     """
 
     num_experts: int
@@ -86,10 +103,12 @@ class Gate(nn.Module):
 
         Raises:
           ValueError: If ``task`` does not fit ``num_tasks``, or ``visible_experts``
-            has not one number a task.
+            has not one number a task, each no less than a token's experts and no more
+            than all.
         """
         del condition
         check_task(task, self.num_tasks)
+        self._check_visible()
         shape = (tokens.shape[-1], self.num_experts)
         kernel = parameter(
             self, "kernel", self.kernel_init, shape, KERNEL_AXES, self.num_tasks
@@ -97,15 +116,36 @@ class Gate(nn.Module):
         logits = matmul_float32(tokens, of_task(kernel, task))
         if self.visible_experts is None:
             return logits
-        if len(self.visible_experts) != self.num_tasks:
-            raise ValueError(
-                f"visible_experts={self.visible_experts} has not one number for each "
-                f"of num_tasks={self.num_tasks}."
-            )
         visible = of_task(jnp.asarray(self.visible_experts), task)
         seen = jnp.arange(self.num_experts) < visible
         # Finite, as routers need it, and without a share in any softmax.
         return jnp.where(seen[None, None], logits, HIDDEN)
+
+    def _check_visible(self) -> None:
+        if self.visible_experts is None:
+            return
+        if len(self.visible_experts) != self.num_tasks:
+            raise ValueError(
+                f"visible_experts={self.visible_experts} has not one number for each "
+                f"of num_tasks={self.num_tasks}; give as many, or None to show all "
+                "experts to all tasks."
+            )
+        # A router with a capacity of its own lets experts choose, and selects none.
+        chooses = not hasattr(self.parent, "capacity_factor")
+        needed = getattr(self.parent, "num_selected", 1) if chooses else 1
+        for task, visible in enumerate(self.visible_experts):
+            if not _is_integer(visible) or not 1 <= visible <= self.num_experts:
+                raise ValueError(
+                    f"visible_experts={self.visible_experts}: task {task} cannot see "
+                    f"{visible!r} of num_experts={self.num_experts}; give an integer "
+                    f"from 1 to {self.num_experts}."
+                )
+            if visible < needed:
+                raise ValueError(
+                    f"visible_experts={self.visible_experts}: task {task} sees "
+                    f"{visible}, but each token goes to num_selected={needed}; show "
+                    "the task more experts, or select fewer."
+                )
 
 
 def parameter(

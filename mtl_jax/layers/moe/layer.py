@@ -8,6 +8,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.mlp import Mlp
+from mtl_jax.layers.moe.checks import (
+    check_capacity_factor,
+    check_condition,
+    check_selected,
+    check_tokens,
+)
 from mtl_jax.layers.moe.dispatch import slots_per_expert
 from mtl_jax.layers.moe.execution import Execution, choose, run
 from mtl_jax.layers.moe.experts import expert_stages
@@ -99,11 +105,14 @@ class MoE(nn.Module):
           The weighted sum of each token's experts.
 
         Raises:
-          ValueError: If the batch does not divide into groups, or groups and experts
-            not over the mesh; if ``num_selected`` is not in ``[1, num_experts]``; if
-            ``capacity_factor`` leaves no slot; or if ``task`` does not fit
-            ``num_tasks``.
+          ValueError: If ``x`` or ``condition`` has another shape; if the batch does
+            not divide into groups, or groups and experts not over the mesh; if there is
+            no expert, or ``num_selected`` is not in ``[1, num_experts]``; if
+            ``num_shared_experts`` is negative; if ``capacity_factor`` is not finite or
+            leaves no slot; or if ``task`` does not fit ``num_tasks``.
         """
+        check_tokens(x)
+        check_condition(condition, x.shape[0])
         self._check(x.shape[0])
         batch, num_tokens, width = x.shape
         num_groups = batch // self.group_size
@@ -175,8 +184,10 @@ class MoE(nn.Module):
                 f"group_size={self.group_size} does not divide the batch of {batch} "
                 "examples; choose a positive divisor of the batch."
             )
-        if not 1 <= self.num_selected <= self.num_experts:
+        check_selected("num_selected", self.num_selected, self.num_experts)
+        check_capacity_factor(self.capacity_factor)
+        if self.num_shared_experts < 0:
             raise ValueError(
-                f"num_selected={self.num_selected} is not between 1 and "
-                f"num_experts={self.num_experts}."
+                f"num_shared_experts={self.num_shared_experts} is negative; make it 0 "
+                "for none, or more."
             )

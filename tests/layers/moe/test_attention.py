@@ -206,14 +206,25 @@ def test_on_a_mesh(how, sizes):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"num_experts": 2}, "num_heads=3 is not between 1 and num_experts=2"),
+        ({"num_experts": 0}, "num_experts=0 leaves .* make it 1 or more"),
+        (
+            {"num_experts": 2},
+            "num_heads=3 is not between 1 and num_experts=2, .* change num_heads, or",
+        ),
         ({"head_width": None, "num_heads": 4}, "num_heads=4 does not divide the wid"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 gives 8 experts no slot"),
+        ({"capacity_factor": float("inf")}, "capacity_factor=inf .* or None for"),
+        ({"capacity_factor": float("nan")}, "capacity_factor=nan is not a finite"),
     ],
 )
 def test_sizes_must_fit(fields, expected):
     with pytest.raises(ValueError, match=expected):
         init(layer().clone(**fields))
+
+
+def test_a_single_example_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"x has shape \(5, 6\), .* a batch of 1"):
+        layer().init(jax.random.key(1), inputs()[0], 0, train=False)
 
 
 def test_a_router_that_fills_buffers_is_refused():

@@ -1,5 +1,6 @@
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mtl_jax.layers.moe.gates import ConditionGate, Gate, TaskConditionedGate
+from mtl_jax.layers.moe.gates import (
+    ConditionGate,
+    Gate,
+    TaskConditionedGate,
+    check_task,
+)
+from mtl_jax.layers.moe.routers import ExpertChoice, NoisyTopK
 
 
 def random_like(gate, *arguments):
@@ -107,3 +114,69 @@ def test_task_conditioned_gate_appends_an_embedding_of_the_task(as_released):
 def test_bad_input_is_named(make, task, message):
     with pytest.raises(ValueError, match=message):
         make(num_experts=4).init(jax.random.key(0), TOKENS, task)
+
+
+@pytest.mark.parametrize(
+    "task", [0, 1, np.int32(1), np.int64(0), np.array(1), jnp.int32(1), jnp.uint8(0)]
+)
+def test_every_kind_of_integer_is_a_task(task):
+    check_task(task, 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (np.int32(7), "task=7 is not one of num_tasks=2 tasks; count from 0"),
+        (np.int64(-1), "task=-1 is not one of num_tasks=2"),
+        (np.array(2), "task=2 is not one of num_tasks=2"),
+        (jnp.int32(7), "task=7 is not one of num_tasks=2"),
+        (1.0, "task=1.0 is not a single integer; give the index of one of num_tasks=2"),
+        (jnp.float32(1), "is not a single integer"),
+        ("a", "task='a' is not a single integer"),
+        (True, "task=True is not a single integer"),
+        (np.array([0, 1]), r"task=array\(\[0, 1\]\) is not a single integer"),
+    ],
+)
+def test_a_task_that_is_none_of_them_is_refused_whatever_its_type(task, message):
+    for make in (Gate, TaskConditionedGate):
+        with pytest.raises(ValueError, match=message):
+            make(num_experts=4, num_tasks=2).init(jax.random.key(0), TOKENS, task)
+
+
+def test_the_type_of_a_traced_task_is_checked_and_its_value_is_not():
+    jax.eval_shape(lambda task: check_task(task, 2), jnp.int32(7))
+    with pytest.raises(ValueError, match="is not a single integer"):
+        jax.eval_shape(lambda task: check_task(task, 2), jnp.float32(1))
+
+
+def route(visible, router: Callable = NoisyTopK, num_selected=2):
+    """Shapes of what a router with such a gate decides for the first of two tasks."""
+    gate = functools.partial(Gate, visible_experts=visible)
+    module = router(num_experts=4, num_selected=num_selected, num_tasks=2, gate=gate)
+    return jax.eval_shape(
+        lambda: module.init_with_output(jax.random.key(0), TOKENS, 0, train=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "message"),
+    [
+        ((2,), "has not one number for each of num_tasks=2; give as many"),
+        ((2, 0), "task 1 cannot see 0 of num_experts=4; give an integer from 1 to 4"),
+        ((-1, 4), "task 0 cannot see -1 of num_experts=4"),
+        ((4, 5), r"visible_experts=\(4, 5\): task 1 cannot see 5 of num_experts=4"),
+        ((4, 2.5), "task 1 cannot see 2.5 of num_experts=4"),
+        ((4, 1), "task 1 sees 1, but each token goes to num_selected=2; show the task"),
+    ],
+)
+def test_tasks_see_no_less_than_tokens_go_to_and_no_more_than_there_is(
+    visible, message
+):
+    with pytest.raises(ValueError, match=message):
+        route(visible)
+
+
+def test_one_expert_is_enough_where_a_token_goes_to_one_or_experts_choose():
+    route((4, 2))
+    route((np.int64(1), 4), num_selected=1)
+    route((1, 4), router=ExpertChoice)

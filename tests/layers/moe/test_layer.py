@@ -1,5 +1,6 @@
 import functools
 import math
+import re
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.gates import ConditionGate
 from mtl_jax.layers.moe.routers import NoisyTopK
 
 COLLECTIONS = ["losses", "statistics"]
@@ -243,9 +245,18 @@ def test_routing_is_in_float32_whatever_the_dtype():
         ({"group_size": 3}, 4, None, "group_size=3 does not divide the batch of 4"),
         ({"group_size": 8}, 4, None, "group_size=8 does not divide the batch of 4"),
         ({"group_size": 0}, 4, None, "group_size=0"),
-        ({"num_selected": 7}, 4, None, "num_selected=7 .* num_experts=6"),
+        ({"num_experts": 0}, 4, None, "num_experts=0 leaves .* make it 1 or more"),
+        (
+            {"num_selected": 7},
+            4,
+            None,
+            "num_selected=7 .* num_experts=6, .* change num_selected, or have more",
+        ),
         ({"num_selected": 0}, 4, None, "num_selected=0"),
         ({"capacity_factor": 0.0}, 4, None, r"capacity_factor=0\.0"),
+        ({"capacity_factor": math.inf}, 4, None, "capacity_factor=inf .* or None for"),
+        ({"capacity_factor": math.nan}, 4, None, "capacity_factor=nan is not a finite"),
+        ({"num_shared_experts": -1}, 4, None, "num_shared_experts=-1 .* make it 0"),
         ({"num_tasks": 2}, 4, None, "task=None does not fit num_tasks=2"),
         ({}, 4, 0, "task=0 does not fit num_tasks=None"),
         ({"num_tasks": 2}, 4, 2, "task=2 is not one of num_tasks=2"),
@@ -254,6 +265,17 @@ def test_routing_is_in_float32_whatever_the_dtype():
 def test_bad_input_is_named(changes, batch, task, message):
     with pytest.raises(ValueError, match=message):
         layer(**changes).init(jax.random.key(0), inputs(batch), task, train=False)
+
+
+def test_input_of_another_shape_is_named():
+    x, message = inputs(), r"x has shape \(4, 7\), .* \[batch, tokens, width\]; give"
+    with pytest.raises(ValueError, match=message):
+        layer().init(jax.random.key(0), x[..., 0], train=False)
+    module = layer(router=partial(NoisyTopK, gate=ConditionGate))
+    for shape in [(2, 5), (8, 5), (4,), (4, 7, 5)]:
+        message = rf"condition has shape {re.escape(str(shape))}, .* \[4, features\]"
+        with pytest.raises(ValueError, match=message):
+            module.init(jax.random.key(0), x, None, jnp.zeros(shape), train=False)
 
 
 def test_experts_start_with_equal_load():

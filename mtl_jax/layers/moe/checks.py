@@ -1,0 +1,79 @@
+"""Checks of what layers of experts are given, before anything is computed."""
+
+import math
+
+from jaxtyping import Array, Float
+
+
+def check_tokens(x: Float[Array, "..."]) -> None:
+    """Checks that there are tokens of a batch of examples.
+
+    Args:
+      x: The layer's input.
+
+    Raises:
+      ValueError: If it has not three axes.
+    """
+    if x.ndim != 3:
+        raise ValueError(
+            f"x has shape {x.shape}, but the axes must be [batch, tokens, width]; "
+            "give a single example as a batch of 1."
+        )
+
+
+def check_condition(condition: Float[Array, "..."] | None, batch: int) -> None:
+    """Checks that there is one condition for each example, or none at all.
+
+    Args:
+      condition: What examples are routed by, or None.
+      batch: Number of examples.
+
+    Raises:
+      ValueError: If its shape is not ``[batch, features]``.
+    """
+    if condition is not None and (condition.ndim != 2 or len(condition) != batch):
+        raise ValueError(
+            f"condition has shape {condition.shape}, but x has a batch of {batch}; "
+            f"give one vector an example, [{batch}, features]."
+        )
+
+
+def check_selected(field: str, selected: int, num_experts: int) -> None:
+    """Checks that there are experts, and enough for every token.
+
+    Args:
+      field: Name of the field that says how many a token goes to.
+      selected: Its value.
+      num_experts: Number of experts.
+
+    Raises:
+      ValueError: If there is no expert, or a token goes to none or to more than all.
+    """
+    if num_experts < 1:
+        raise ValueError(
+            f"num_experts={num_experts} leaves the layer without an expert; make it 1 "
+            "or more."
+        )
+    if not 1 <= selected <= num_experts:
+        raise ValueError(
+            f"{field}={selected} is not between 1 and num_experts={num_experts}, of "
+            f"which each token picks so many; change {field}, or have more experts."
+        )
+
+
+def check_capacity_factor(capacity_factor: float | None) -> None:
+    """Checks that a capacity is a number, or that there is no limit.
+
+    Whether it leaves experts a slot depends on the tokens, and is checked with them.
+
+    Args:
+      capacity_factor: Slots over what balanced routing needs, or None.
+
+    Raises:
+      ValueError: If it is infinite or not a number.
+    """
+    if capacity_factor is not None and not math.isfinite(capacity_factor):
+        raise ValueError(
+            f"capacity_factor={capacity_factor} is not a finite number; make it "
+            "positive, or None for experts that take every token."
+        )
