@@ -1,7 +1,9 @@
 """Runs that signals stop and whose folders fail, in this process."""
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -42,8 +44,7 @@ def once(make):
     return remembered
 
 
-@pytest.fixture(scope="module")
-def program():
+def build(aggregator, dtype="float32"):
     """Checkpoints are written at steps 2, 4 and 6; evaluations are at 3 and 6."""
     labels = ("bright", "redness")
     tasks = tuple(task for task in experiment().tasks if task.name in labels)
@@ -53,12 +54,18 @@ def program():
         mixture=Mixture({"tiles": tiles}, batch_size=16),
         num_experts=0,
         mesh=MeshShape(),
-        aggregator=optim.moco,
+        aggregator=aggregator,
         evaluation_batch_size=8,
     )
+    trunk = chosen.trunk.clone(dtype=dtype)
+    return build_program(dataclasses.replace(chosen, trunk=trunk), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """All runs of a program share what is compiled."""
     states = once(Program.init_state)
     with pytest.MonkeyPatch.context() as patch:
-        # All runs share what is compiled.
         patch.setattr(Program, "compile_step", once(Program.compile_step))
         patch.setattr(loop, "make_evaluate", once(loop.make_evaluate))
         patch.setattr(loop, "write_samples", lambda *_: None)
@@ -68,7 +75,12 @@ def program():
                 name,
                 lambda self: jax.tree.map(lambda leaf: leaf.copy(), states(self)),
             )
-        yield build_program(chosen, jax.devices()[:1])
+        yield
+
+
+@pytest.fixture(scope="module")
+def program():
+    return build(optim.moco)
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +285,43 @@ def test_places_that_are_no_fallback(tmp_path):
     (other / "config.json").write_text("{}")
     with pytest.raises(RunFolderError, match="holds a run; continue that by --workdir"):
         check_fallback(other, run)
+
+
+class StopAfter:
+    """A signal that comes in a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def held(self):
+        return contextlib.nullcontext()
+
+    def interrupted(self):
+        return False
+
+    def stops_after(self, step):
+        return signal.SIGTERM if step == self.step else None
+
+
+METHODS = (
+    *(optim.sum, optim.random, optim.pcgrad, optim.nash_mtl, optim.gradnorm),
+    *(optim.graddrop, optim.db_mtl, optim.moco, optim.excess_mtl, optim.sdmgrad),
+    *(optim.uncertainty, optim.uw_so, optim.dwa, optim.rlw, optim.imtl_l, optim.famo),
+    *(optim.awl, optim.task_prioritization),
+    functools.partial(optim.stch, warmup_steps=2),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_continues_to_the_last_bit(tmp_path, method, dtype):
+    program = build(method, dtype)
+    undisturbed, folder = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
+    train(program, undisturbed, "small")
+    # Between two checkpoints, at one, and where an evaluation is.
+    for step in (1, 2, 3, 5):
+        with pytest.raises(StoppedError):
+            train(program, folder, "small", signals=StopAfter(step))
+    train(program, folder, "small")
+    assert_same(program, folder, undisturbed)
