@@ -50,7 +50,8 @@ def extract_run(
 
     Which experts the task uses is measured on training records. The new folder has a
     config and one checkpoint, which ``mtl-jax eval`` evaluates, and
-    ``extraction.json``.
+    ``extraction.json``. Where experts have a capacity, those that are kept have more
+    slots than before, and predictions differ by tokens that are no longer dropped.
 
     Args:
       program: Of the run of many tasks.

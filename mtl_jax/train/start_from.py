@@ -1,5 +1,6 @@
 """Runs that start from the parameters of another run's newest checkpoint."""
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import optax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from mtl_jax.models.experts import only_new
+from mtl_jax.models import VisionTransformer
+from mtl_jax.models.experts import expert_layers, extend, only_new
+from mtl_jax.models.experts.blocks import by_block
 from mtl_jax.models.transfer import print_account
 from mtl_jax.sharding.rules import path_name
 from mtl_jax.train.integrity import (
@@ -89,6 +92,49 @@ def train_new(
     return only_new(optimizer(num_steps=num_steps), shapes)
 
 
+def check_growth(initialize: Any, trunk: Any) -> None:
+    """Checks that experts which a run adds leave the others' tokens where they are.
+
+    An expert with a capacity takes fewer tokens the more experts there are.
+
+    Args:
+      initialize: Of an experiment; only a partial `start_from` with `extend` is looked
+        at.
+      trunk: Of the experiment; only a `VisionTransformer` is looked at.
+
+    Raises:
+      RunFolderError: If the other run has no checkpoint that is whole.
+      ValueError: If a layer has a capacity and more experts than in the other run.
+    """
+    grows = (
+        isinstance(initialize, functools.partial)
+        and initialize.func is start_from
+        and initialize.keywords.get("make") is extend
+    )
+    if not grows or not isinstance(trunk, VisionTransformer):
+        return
+    limited = [
+        layer for layer in expert_layers(trunk) if layer.capacity_factor is not None
+    ]
+    if not limited:
+        return
+    saved = _read(initialize.keywords["run"], shapes_only=True)[1]["trunk"]
+    blocks = jax.eval_shape(by_block, saved)
+    for layer in limited:
+        there = blocks.get(f"block_{layer.block}", {}).get(layer.kind, {})
+        # A model of other blocks is refused by `extend`.
+        sizes = {leaf.shape[0] for leaf in jax.tree.leaves(there.get("experts", {}))}
+        if sizes - {layer.num_experts}:
+            raise ValueError(
+                f"capacity_factor is {layer.capacity_factor} in {layer.name}, which "
+                f"has {min(sizes)} experts in {initialize.keywords['run']} and "
+                f"{layer.num_experts} here; an expert would take fewer tokens the more "
+                "experts there are, and predictions of old tasks change: train both "
+                "runs with capacity_factor=None and a router by which tokens choose, "
+                "or add no experts"
+            )
+
+
 def _read(run: str, *, shapes_only: bool) -> tuple[str, Any]:
     """Parameters of the newest checkpoint that is whole, and which one that is.
 
@@ -129,11 +175,12 @@ def _restore(run: str, folder: Path, *, shapes_only: bool) -> Any:
             if jax.tree.leaves(kept)
         }
         if collections:
+            names = ", ".join(map(repr, collections))
             raise ValueError(
-                f"run is {run!r}, whose trunk keeps {', '.join(map(repr, collections))} "
-                "besides its parameters, and a run that starts from it takes parameters "
-                "alone; start from a run with a router that keeps nothing besides, which "
-                "is any but LossFree"
+                f"run is {run!r}, whose trunk keeps {names} besides its parameters, "
+                "and a run that starts from it takes parameters alone; start from a "
+                "run with a router that keeps nothing besides, which is any but "
+                "LossFree"
             )
         params = tree["params"]
         if shapes_only:

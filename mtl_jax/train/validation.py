@@ -23,6 +23,7 @@ from mtl_jax.train.model_validation import (
     check_trunk,
     host_memory,
 )
+from mtl_jax.train.start_from import check_growth
 from mtl_jax.train.step import ROUTER_METRICS
 
 
@@ -48,6 +49,7 @@ def validate(experiment: Experiment, *, runs_here: bool = True) -> None:
     check_rules(experiment.rules, AXES)
     check_trunk(experiment)
     _check_factories(experiment)
+    check_growth(experiment.initialize, experiment.trunk)
     check_heads(experiment, runs_here)
 
 

@@ -9,12 +9,18 @@ import pytest
 from small import PATCH, experiment
 
 from mtl_jax.data.mixture import training_batches
-from mtl_jax.layers.moe.routers import LossFree
+from mtl_jax.layers.moe.routers import ExpertChoice, LossFree
 from mtl_jax.models import VisionTransformer
 from mtl_jax.models.experts import extend, upcycle
-from mtl_jax.train import RunFolderError, adamw, build_program, check_initialize
+from mtl_jax.train import (
+    RunFolderError,
+    adamw,
+    build_program,
+    check_initialize,
+    validate,
+)
 from mtl_jax.train.checkpoint import Checkpoints
-from mtl_jax.train.start_from import start_from, train_new
+from mtl_jax.train.start_from import check_growth, start_from, train_new
 
 
 def save(program, folder):
@@ -144,8 +150,24 @@ def test_folders_without_checkpoints_are_named(run, tmp_path):
 
 
 def test_a_checkpoint_of_another_number_of_experts_is_named(tmp_path):
-    """Continuing is refused; what differs is said, and what to do."""
+    """Continuing is refused, as is growing with a capacity; it is said what to do."""
     save(build_program(experiment(num_experts=4)), tmp_path)
+    start = functools.partial(start_from, run=str(tmp_path), make=extend)
+    larger = experiment(num_experts=8, initialize=start)
+    with pytest.raises(
+        ValueError,
+        match=r"capacity_factor is 1\.25 in block_1, which has 4 experts in .* and 8 "
+        r"here; .* train both runs with capacity_factor=None",
+    ):
+        validate(larger)
+    # With no capacity it may, and so may more tasks with as many experts.
+    moe = functools.partial(larger.trunk.moe, capacity_factor=None)
+    check_growth(start, larger.trunk.clone(moe=moe))
+    check_growth(start, experiment(num_experts=4, num_routers=5).trunk)
+    # Such a router's experts take fewer tokens too, whatever the layer's own field is.
+    moe = functools.partial(moe, router=ExpertChoice)
+    with pytest.raises(ValueError, match=r"capacity_factor is 2\.0 in block_1"):
+        check_growth(start, larger.trunk.clone(moe=moe))
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     try:
         other = build_program(experiment(num_experts=8))

@@ -93,7 +93,12 @@ def extract(
     Every parameter is cut along its logical axes: ``expert`` and ``expert_logits`` to
     the experts that are kept, ``task`` to the task. Where every expert is kept that the
     task's tokens go to, the model chooses as before; only weights that were not
-    renormalised grow, as the softmax is over fewer experts.
+    renormalised grow, as the softmax is over fewer experts. Experts with a capacity
+    have more slots the fewer they are (`mtl_jax.layers.moe.dispatch.slots_per_expert`),
+    so that tokens which found none may find one, and predictions differ by them.
+
+    Collections are cut as parameters are, so that the biases of
+    `mtl_jax.layers.moe.routers.LossFree` stay with their experts.
 
     Blocks that were scanned over are so no longer, as each may have another number of
     experts.

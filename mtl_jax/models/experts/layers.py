@@ -14,12 +14,15 @@ class ExpertLayer(NamedTuple):
       kind: ``"moe"``, in place of the perceptron, or ``"attention"``.
       num_experts: Number of experts.
       num_selected: Experts a token goes to.
+      capacity_factor: Of the layer, or of a router that fills buffers itself; None
+        where experts take every token.
     """
 
     block: int
     kind: str
     num_experts: int
     num_selected: int
+    capacity_factor: float | None
 
     @property
     def name(self) -> str:
@@ -36,10 +39,14 @@ def expert_layers(trunk: VisionTransformer) -> list[ExpertLayer]:
         if routes(attention):
             made: Any = attention(trunk.num_heads)
             assert isinstance(made, MoeAttention)
-            found.append(
-                ExpertLayer(block, "attention", made.num_experts, made.num_heads)
-            )
+            found.append(_layer(block, "attention", made, made.num_heads))
         if moe is not None:
             made = moe()
-            found.append(ExpertLayer(block, "moe", made.num_experts, made.num_selected))
+            found.append(_layer(block, "moe", made, made.num_selected))
     return found
+
+
+def _layer(block: int, kind: str, made: Any, num_selected: int) -> ExpertLayer:
+    router = made.router(num_experts=made.num_experts, num_selected=num_selected)
+    capacity_factor = getattr(router, "capacity_factor", made.capacity_factor)
+    return ExpertLayer(block, kind, made.num_experts, num_selected, capacity_factor)

@@ -1,5 +1,6 @@
 """More tasks and experts, and what was there as it was."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -8,9 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_experts import IMAGES, heads_of_experts, model, predict, variables
+from small_experts import (
+    IMAGES,
+    QUICK,
+    heads_of_experts,
+    model,
+    predict,
+    variables,
+)
 
+from mtl_jax.layers.moe.execution import Execution, choose
 from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.grouped import block_sizes
 from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.models.experts import expert_usage, extend, only_new
 from mtl_jax.models.multitask import repeat
@@ -18,6 +28,12 @@ from mtl_jax.sharding.rules import path_name
 
 OLD = ("first", "second")
 NEW = (*OLD, "third")
+MANY = jax.random.uniform(jax.random.key(5), (12, 8, 8, 3), minval=-1)
+
+
+def carried_out(model, execution):
+    moe = functools.partial(model.trunk.moe, execution=execution)
+    return dataclasses.replace(model, trunk=model.trunk.clone(moe=moe))
 
 
 def router(*visible):
@@ -39,13 +55,33 @@ def models():
     return small, old, large, extend(fresh, old)
 
 
-def test_old_tasks_compute_the_same():
+@pytest.mark.parametrize(("execution", "tasks"), [(QUICK, OLD), (None, OLD[1:])])
+def test_old_tasks_compute_the_same_to_the_last_bit(execution, tasks):
     small, old, large, grown = models()
-    for task in OLD:
-        np.testing.assert_allclose(
-            predict(large, grown, task), predict(small, old, task), rtol=1e-6
+    for task in tasks:
+        np.testing.assert_array_equal(
+            predict(carried_out(large, execution), grown, task, images=MANY),
+            predict(carried_out(small, execution), old, task, images=MANY),
         )
-    # The new task may go to any of the five.
+
+
+def test_what_a_layer_chooses_by_itself_differs_with_the_number_of_experts():
+    """Else the test before would say little of ``execution=None``."""
+    how = functools.partial(
+        choose,
+        num_assignments=96,
+        num_selected=2,
+        capacity_factor=None,
+        uses_matmuls=True,
+    )
+    chosen = {how(num_experts=number) for number in (3, 5)}
+    assert chosen == {Execution("all_gather", "sorted", "blocks")}
+    assert block_sizes(96, 3, 48) == (16, 24, 32, 40, 48)
+    assert block_sizes(96, 5, 48) == (16, 24, 32)
+
+
+def test_the_new_task_may_go_to_any_expert():
+    _, _, large, grown = models()
     used = expert_usage(large, grown, "third", [IMAGES])["block_1"]
     assert used[3:].sum() > 0
 
