@@ -64,10 +64,13 @@ class Terminal:
             self._read(0.1)
         self._read(0.1)
         after = termios.tcgetattr(self._inner)
-        os.close(self._inner)
-        os.close(self._end)
+        self.hang_up()
         assert after == self.before
         return self.process.returncode, self._text
+
+    def hang_up(self):
+        os.close(self._inner)
+        os.close(self._end)
 
     def press(self, keys):
         os.write(self._end, keys.encode())
@@ -99,6 +102,13 @@ def test_a_live_view_until_a_key_is_pressed(folder, stop):
     assert "\x1b[?1049l" in text
     assert "\x1b[?25h" in text
     assert "step 8" in text.split("\x1b[?1049l")[1]
+
+
+def test_the_view_ends_with_its_terminal(folder):
+    terminal = Terminal(folder)
+    terminal.wait_for("step 7")
+    terminal.hang_up()
+    assert terminal.process.wait(timeout=30) is not None
 
 
 def test_once_is_for_scripts_and_needs_no_jax(folder):

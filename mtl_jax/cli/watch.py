@@ -93,7 +93,10 @@ def _keyboard() -> Iterator[Callable[[float], str]]:
 
     def pressed(seconds: float) -> str:
         ready, _, _ = select.select([number], [], [], seconds)
-        return os.read(number, 1).decode(errors="replace") if ready else ""
+        if not ready:
+            return ""
+        # Nothing where something was to be read: the terminal is gone.
+        return os.read(number, 1).decode(errors="replace") or "q"
 
     before = termios.tcgetattr(number)
     tty.setcbreak(number)
