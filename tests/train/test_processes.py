@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -35,8 +36,9 @@ def free_port():
             return port
 
 
-def run_both(*folders):
-    """Runs two processes to their end; returns their statuses and outputs."""
+@contextlib.contextmanager
+def both_of(*folders):
+    """Two processes."""
     coordinator = f"127.0.0.1:{free_port()}"
     both = [
         subprocess.Popen(
@@ -49,11 +51,17 @@ def run_both(*folders):
         for i in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=SECONDS)[0] for process in both]
+        yield both
     finally:
         for process in both:
             # SIGTERM would only tell JAX that it is about to be pre-empted.
             process.kill()
+
+
+def run_both(*folders):
+    """Runs two processes to their end; returns their statuses and outputs."""
+    with both_of(*folders) as both:
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in both]
     return [process.returncode for process in both], outputs
 
 
@@ -178,3 +186,20 @@ def test_one_process_restores_what_two_have_saved(runs, one_process):
         assert batches.get_state() == {"next_index": NUM_STEPS}
     # Where a gradient is 0, such as that of a key's bias, Adam makes steps of rounding.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), *params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("event", "victim"), [("kill", 0), ("kill_last", 1)])
+def test_a_process_ends_within_a_minute_of_another(runs, tmp_path, event, victim):
+    with both_of(f"{tmp_path}:{event}:3") as both:
+        assert both[victim].wait(SECONDS) == -signal.SIGKILL
+        killed = time.monotonic()
+        output, _ = both[1 - victim].communicate(timeout=SECONDS)
+        assert time.monotonic() - killed < 60
+        both[victim].communicate()
+    assert_lost(both[1 - victim].returncode, output)
+    statuses, outputs = run_both(tmp_path)
+    assert statuses == [0, 0], outputs
+    assert (tmp_path / loop.METRICS).read_bytes() == (
+        runs[0] / loop.METRICS
+    ).read_bytes()
