@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     train.add_argument(
         "--debug-nans",
         action="store_true",
-        help="stop at the first NaN and name the operation that made it; slow",
+        help="stop at the first faulty step and name what made a NaN",
     )
     add_processes(train)
     add_observers(train)

@@ -1,52 +1,79 @@
 """Where the first NaN of a step comes from: the operation, and its line of source."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from jax.experimental import checkify
 
 from mtl_jax.train.fault_log import NumericalFaultError
+from mtl_jax.train.faults import REPORT, FaultReport
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Metrics, Step
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 
-Checked = Callable[..., tuple[checkify.Error, tuple[TrainState, Metrics]]]
 
+def explaining(
+    compiled: Step,
+    step: Step,
+    task_names: Sequence[str],
+    scope: Callable[[], contextlib.AbstractContextManager],
+) -> Step:
+    """A step that waits for its own end and, where it is faulty, says what made a NaN.
 
-def checking(step: Step) -> Checked:
-    """A step that also returns an error, which tells of the first NaN it computes.
-
-    Arrays that are NaN to begin with, such as targets without a label, are none. The
-    program looks at every result of an operation that can make one; it takes longer to
-    compile and to run.
-    """
-    return checkify.checkify(step, errors=checkify.nan_checks)
-
-
-def raising(checked: Checked) -> Callable[..., tuple[TrainState, Metrics]]:
-    """A step that waits for its own end, and fails where it has computed a NaN.
+    Only then is the step compiled once more, with a look at every result of an
+    operation that can make one, and computed again. Arrays that are NaN to begin with,
+    such as targets without a label, are no fault, and neither is a NaN that comes to
+    nothing.
 
     Args:
-      checked: What `checking` made, compiled.
+      compiled: The step, which does not take the state that it is given.
+      step: The same, not compiled.
+      task_names: Names of the tasks in order.
+      scope: Context in which the step is traced.
 
     Returns:
-      The step. It raises a `NumericalFaultError`.
+      The step. It raises a `NumericalFaultError` where any task is at fault, the step
+      is skipped, or the parameters are not finite.
     """
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        error, (state, metrics) = checked(state, batch)
-        found: Any = error.get_exception()
-        if found is not None:
+    def explained(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        after, metrics = compiled(state, batch)
+        report = FaultReport(*np.asarray(metrics[REPORT]))
+        if report.in_a_row[0] or not report.finite[0]:
+            number = int(after.step)
+            print(f"step {number} is faulty: looking for the operation ...", flush=True)
+            with scope():
+                found = _first_nan(step, state, batch)
+            what = "no operation makes a NaN, but numbers are infinite"
+            if found is not None:
+                where = _origin(found.traceback_info)
+                what = f"the first NaN is made by the primitive {found.prim} at {where}"
+            tasks = [n for n, f in zip(task_names, report.faulty, strict=True) if f]
+            of = f" of {', '.join(map(repr, tasks))}" if tasks else ""
             raise NumericalFaultError(
-                f"step {int(state.step)}: the first NaN is made by the primitive "
-                f"{found.prim} at {_origin(found.traceback_info)}"
+                f"numbers{of} are not finite at step {number}: {what}"
             )
-        return state, metrics
+        return after, metrics
 
-    return step
+    return explained
+
+
+def _first_nan(step: Step, state: TrainState, batch: Any) -> Any:
+    """What Checkify tells of the first NaN that a step makes; None if it makes none."""
+    checked = jax.jit(checkify.checkify(step, errors=checkify.nan_checks))
+    # Computed once: compiling is what takes long.
+    on_cpu = jax.default_backend() == "cpu"
+    program = checked.lower(state, batch).compile(
+        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None
+    )
+    error, _ = program(state, batch)
+    return error.get_exception()
 
 
 def _origin(traceback: Any) -> str:

@@ -64,8 +64,8 @@ def train(
       signals: Lets SIGTERM and SIGINT save the run and stop it; without, they do what
         they do in Python.
       fallback: Where to save the run if its folder cannot be written any more.
-      debug_nans: Whether to stop at the first step that computes a NaN, whatever is
-        done about one, and to say which operation made it.
+      debug_nans: Whether to stop at the first step that is faulty, whatever is done
+        about one, and to say which operation made its first NaN.
 
     Returns:
       The content of ``result.json``.
@@ -115,7 +115,7 @@ def _train(
             observer.phase(int(state.step), "compiling")
         compile_started = time.monotonic()
         compile_step = (
-            program.compile_checked_step if debug_nans else program.compile_step
+            program.compile_explained_step if debug_nans else program.compile_step
         )
         step, flops = compile_step()
         compile_seconds = time.monotonic() - compile_started

@@ -18,7 +18,7 @@ from mtl_jax.optim import sum as plain_sum
 from mtl_jax.sharding import make_mesh, param_shardings, spec
 from mtl_jax.sharding.distributed import local_rows
 from mtl_jax.sharding.rules import is_boxed, path_name
-from mtl_jax.train.debug_nans import checking, raising
+from mtl_jax.train.debug_nans import explaining
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.faults import no_faults
 from mtl_jax.train.flops import count_flops
@@ -141,43 +141,40 @@ class Program:
         key = jax.random.key(self.experiment.seed)
         return init(np.asarray(jax.random.key_data(key)), *params)
 
-    def compile_step(self) -> tuple[jax.stages.Compiled, int]:
+    def compile_step(
+        self, *, keep_state: bool = False
+    ) -> tuple[jax.stages.Compiled, int]:
         """The compiled step ``(state, batch) -> (state, metrics)`` and its FLOPs.
 
-        The state is donated. FLOPs are those of a whole step on all devices.
+        FLOPs are those of a whole step on all devices.
+
+        Args:
+          keep_state: Whether the state that a step is given can be used afterwards,
+            which takes the memory of another; by default it is donated.
         """
-        with self.scope():
-            traced = jax.jit(
-                self.step,
-                donate_argnums=0,
-                out_shardings=(self.state_shardings, self.replicated),
-            ).trace(self._placed_state(), self.abstract_batch())
-            return traced.lower().compile(), count_flops(traced.jaxpr)
-
-    def compile_checked_step(self) -> tuple[Step, int]:
-        """As `compile_step`, of a step that fails where it computes a NaN.
-
-        It says which operation makes the first, waits for its own end, and takes longer
-        to compile and to run.
-        """
-        with self.scope():
-            state, batch = self._placed_state(), self.abstract_batch()
-            flops = count_flops(jax.jit(self.step).trace(state, batch).jaxpr)
-            outputs = self.state_shardings, self.replicated
-            checked = jax.jit(
-                checking(self.step), out_shardings=(self.replicated, outputs)
-            )
-            return raising(checked.lower(state, batch).compile()), flops
-
-    def _placed_state(self) -> TrainState:
-        """Shapes, types and shardings of the state, unboxed."""
-        return jax.tree.map(
+        state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=sharding
             ),
             nn.unbox(self.abstract_state),
             self.state_shardings,
         )
+        with self.scope():
+            traced = jax.jit(
+                self.step,
+                donate_argnums=() if keep_state else 0,
+                out_shardings=(self.state_shardings, self.replicated),
+            ).trace(state, self.abstract_batch())
+            return traced.lower().compile(), count_flops(traced.jaxpr)
+
+    def compile_explained_step(self) -> tuple[Step, int]:
+        """As `compile_step`, of a step that fails where it is faulty, and says why.
+
+        It waits for its own end, and takes the memory of another state.
+        """
+        compiled, flops = self.compile_step(keep_state=True)
+        names = [task.name for task in self.experiment.tasks]
+        return explaining(compiled, self.step, names, self.scope), flops
 
 
 def build_program(

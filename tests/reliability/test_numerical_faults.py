@@ -90,7 +90,8 @@ def test_a_run_stops_with_status_3_and_its_command_names_the_operation(tmp_path)
     (tmp_path / "own.py").write_text(CONFIG)
     losses = tmp_path / "losses_of_digits.py"
     losses.write_text(LOSSES)
-    stopped = run(["train", "own.py", "--workdir", "out"], tmp_path)
+    arguments = ["train", "own.py", "--workdir", "out", "--devices", "2"]
+    stopped = run(arguments, tmp_path)
     assert stopped.returncode == 3, stopped.stderr
     (error,) = stopped.stderr.splitlines()
     assert error.startswith(
@@ -113,6 +114,6 @@ def test_a_run_stops_with_status_3_and_its_command_names_the_operation(tmp_path)
     (error,) = found.stderr.splitlines()
     line = 1 + LOSSES.splitlines().index(LINE)
     assert error.endswith(
-        f"the first NaN is made by the primitive log at {losses}:{line} "
-        "(without_threes)"
+        "numbers of 'left' are not finite at step 1: the first NaN is made by the "
+        f"primitive log at {losses}:{line} (without_threes)"
     )

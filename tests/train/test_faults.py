@@ -21,6 +21,7 @@ from faulty import (
 from mtl_jax import optim
 from mtl_jax.data import training_batches
 from mtl_jax.train import NumericalFaultError, build_program
+from mtl_jax.train.debug_nans import explaining
 from mtl_jax.train.faults import (
     DEVIATIONS,
     FEWEST,
@@ -303,13 +304,18 @@ def test_spikes_by_brute_force():
 
 def test_the_first_nan_is_named_with_its_line():
     program, _, batch = setup("surgery")
-    step, _ = program.compile_checked_step()
+    compiled = setup("surgery")[1]
+    names = [task.name for task in program.experiment.tasks]
+    step = explaining(compiled, program.step, names, program.scope)
     # Targets without a label are NaN, and no fault.
     state, metrics = step(program.init_state(), batch)
     assert np.isfinite(metrics["all/loss"])
     lines, first = inspect.getsourcelines(troubled)
     (line,) = (first + i for i, text in enumerate(lines) if "jnp.log" in text)
-    where = rf"step 2: .* primitive log at .*/faulty\.py:{line} \(troubled\)"
+    where = (
+        r"numbers of 'redness' are not finite at step 2: the first NaN is made by the "
+        rf"primitive log at .*/faulty\.py:{line} \(troubled\)"
+    )
     with pytest.raises(NumericalFaultError, match=where):
         step(state, with_target(batch, 1, NAN_LOSS))
     # A loss that is big is none either.
