@@ -68,10 +68,10 @@ def _first_nan(step: Step, state: TrainState, batch: Any) -> Any:
     """What Checkify tells of the first NaN that a step makes; None if it makes none."""
     checked = jax.jit(checkify.checkify(step, errors=checkify.nan_checks))
     # Computed once: compiling is what takes long.
-    on_cpu = jax.default_backend() == "cpu"
-    program = checked.lower(state, batch).compile(
-        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None
-    )
+    options: Any = {"xla_backend_optimization_level": 0}
+    if jax.default_backend() != "cpu":
+        options = None
+    program = checked.lower(state, batch).compile(compiler_options=options)
     error, _ = program(state, batch)
     return error.get_exception()
 
