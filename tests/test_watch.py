@@ -48,6 +48,8 @@ class Terminal:
             stderr=inner,
             env=os.environ | {"TERM": "xterm-256color"},
             start_new_session=True,
+            # It may be ignored where the tests themselves run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, text):
@@ -60,7 +62,9 @@ class Terminal:
 
     def end(self):
         """Exit status and the last that was shown, once the command ends."""
+        deadline = time.monotonic() + 60
         while self.process.poll() is None:
+            assert time.monotonic() < deadline, self._text
             self._read(0.1)
         self._read(0.1)
         after = termios.tcgetattr(self._inner)
