@@ -313,6 +313,35 @@ def continued(run_folder, folder):
     return copy
 
 
+def test_a_run_may_continue_on_another_mesh(
+    run_folder, empty_folder, monkeypatch, capsys
+):
+    def stop(*_, **__):
+        raise train.StoppedError(15)
+
+    monkeypatch.setattr(train, "train", stop)
+    copy = continued(run_folder, empty_folder)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *MAIN, "--workdir", "copy", "--set", "mesh.expert=2"])
+    assert exit_.value.code == 128 + 15
+    output = capsys.readouterr().out
+    assert (
+        "continues on the mesh data=4, fsdp=1, expert=2, model=1, where it was data=2, "
+        "fsdp=1, expert=4, model=1\n"
+    ) in output
+    assert "stopped by SIGTERM, and saved; the same command continues" in output
+    saved = json.loads((copy / "config.json").read_text())
+    assert saved["mesh"] == {"data": 4, "fsdp": 1, "expert": 2, "model": 1}
+    assert saved["fields"]["mesh.expert"] == 2
+
+
+def test_a_fallback_that_is_none(run_folder, mistake, empty_folder):
+    continued(run_folder, empty_folder)
+    arguments = ("train", *MAIN, "--workdir", "copy", "--fallback-dir")
+    assert "is in the run folder copy" in mistake(*arguments, "copy/inside")
+    assert "which holds a run; continue that" in mistake(*arguments, run_folder)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
