@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import checkify
 
@@ -26,8 +25,8 @@ def explaining(
 ) -> Step:
     """A step that waits for its own end and, where it is faulty, says what made a NaN.
 
-    Only then is the step compiled once more, with a look at every result of an
-    operation that can make one, and computed again. Arrays that are NaN to begin with,
+    Only then is the step computed again, one operation after another, with a look at
+    every result of those that can make one. Arrays that are NaN to begin with,
     such as targets without a label, are no fault, and neither is a NaN that comes to
     nothing.
 
@@ -66,13 +65,9 @@ def explaining(
 
 def _first_nan(step: Step, state: TrainState, batch: Any) -> Any:
     """What Checkify tells of the first NaN that a step makes; None if it makes none."""
-    checked = jax.jit(checkify.checkify(step, errors=checkify.nan_checks))
-    # Computed once: compiling is what takes long.
-    options: Any = {"xla_backend_optimization_level": 0}
-    if jax.default_backend() != "cpu":
-        options = None
-    program = checked.lower(state, batch).compile(compiler_options=options)
-    error, _ = program(state, batch)
+    # One operation after another: XLA takes too long to compile the checks together,
+    # each of which depends on the one before.
+    error, _ = checkify.checkify(step, errors=checkify.nan_checks)(state, batch)
     return error.get_exception()
 
 
