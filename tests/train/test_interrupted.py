@@ -305,7 +305,7 @@ class StopAfter:
 
 METHODS = (
     *(optim.sum, optim.random, optim.pcgrad, optim.nash_mtl, optim.gradnorm),
-    *(optim.graddrop, optim.db_mtl, optim.moco, optim.excess_mtl, optim.sdmgrad),
+    *(optim.graddrop, optim.db_mtl, optim.moco, optim.excess_mtl),
     *(optim.uncertainty, optim.uw_so, optim.dwa, optim.rlw, optim.imtl_l, optim.famo),
     *(optim.awl, optim.task_prioritization),
     functools.partial(optim.stch, warmup_steps=2),
