@@ -18,6 +18,11 @@ from mtl_jax import cli
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "run.py"), "watch"]
+# Ctrl-C may be ignored where the tests themselves run in the background.
+HEEDING_CTRL_C = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 @pytest.fixture
@@ -42,14 +47,12 @@ class Terminal:
         self.before = termios.tcgetattr(inner)
         self._inner, self._text = inner, ""
         self.process = subprocess.Popen(
-            [*COMMAND, *map(str, arguments)],
+            [sys.executable, "-c", HEEDING_CTRL_C, *COMMAND, *map(str, arguments)],
             stdin=inner,
             stdout=inner,
             stderr=inner,
             env=os.environ | {"TERM": "xterm-256color"},
             start_new_session=True,
-            # It may be ignored where the tests themselves run in the background.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, text):
