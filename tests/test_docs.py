@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 QUICK = (
     ("README.md", "docs/quickstart.md"),
     ("docs/configs.md", "docs/sharding.md"),
-    ("docs/experts.md", "docs/extend/router.md"),
 )
 SLOW = (
+    ("docs/experts.md", "docs/extend/router.md"),
     ("docs/data.md",),
     ("docs/pretrained.md",),
     ("docs/mod_squad.md",),

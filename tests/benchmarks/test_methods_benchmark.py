@@ -347,6 +347,7 @@ def test_every_method_makes_gradients(problem, params):
         assert found == expected, name
 
 
+@pytest.mark.slow
 def test_problems():
     problems = module("small_problems")
     for make in (problems.multi_mnist, problems.earth_tiles):

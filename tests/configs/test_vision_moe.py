@@ -116,6 +116,7 @@ def travelling(variant, topology, *assignments):
     return {(item.kind, "+".join(item.axes)) for item in found if item.bytes > 4096}
 
 
+@pytest.mark.slow
 def test_what_travels_in_the_smallest():
     """Tokens to experts and back; gradients of experts over data, of all else over
     both."""

@@ -105,7 +105,13 @@ def assert_trees_close(actual, expected, tolerance=2e-6):
     assert float(difference) <= tolerance * scale
 
 
-@pytest.mark.parametrize("num_routers", [4, None], ids=["router a task", "shared"])
+@pytest.mark.parametrize(
+    "num_routers",
+    [
+        pytest.param(4, id="router a task"),
+        pytest.param(None, id="shared", marks=pytest.mark.slow),
+    ],
+)
 def test_each_row_is_the_gradient_of_that_tasks_loss(num_routers):
     objective, params, batch = setup(num_routers=num_routers)
     expected = reference_gradients(num_routers)
@@ -186,6 +192,7 @@ def test_features_need_a_shared_trunk():
         at_features(objective, optim.sum(num_tasks=4))
 
 
+@pytest.mark.slow
 def test_the_loss_over_all_tasks_reaches_every_router():
     chosen = experiment(mutual_information_weight=2.0)
     objective, params, batch = setup(mutual_information_weight=2.0)

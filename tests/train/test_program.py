@@ -56,8 +56,8 @@ def compiled_on_eight_devices(shape):
     "shape",
     [
         MeshShape(data=2, expert=4),
-        MeshShape(data=8),
-        MeshShape(data=2, fsdp=2, expert=2),
+        pytest.param(MeshShape(data=8), marks=pytest.mark.slow),
+        pytest.param(MeshShape(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -139,6 +139,7 @@ def test_the_step_is_traced_once(monkeypatch):
     run(experiment(num_experts=0), jax.devices()[:1], 4)
 
 
+@pytest.mark.slow
 def test_gradients_are_accumulated_with_experts_on_a_mesh():
     def optimizer(num_steps):
         accumulating = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
@@ -178,7 +179,13 @@ def test_gradients_are_accumulated_with_experts_on_a_mesh():
     )
 
 
-@pytest.mark.parametrize(("method", "at"), [("mgda", "params"), ("upgrad", "features")])
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [
+        pytest.param("mgda", "params", marks=pytest.mark.slow),
+        ("upgrad", "features"),
+    ],
+)
 def test_training_lowers_the_loss(method, at):
     chosen = experiment(
         num_experts=0,
