@@ -11,9 +11,8 @@ flags = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 ]
-# The older emitters take half the time of the newer to compile; those of users are at
-# work where the documentation's examples run. Later releases have no older ones, and
-# abort where a flag is unknown to them.
+# The older emitters take half the time of the newer to compile. Later releases have no
+# older ones, and abort where a flag is unknown to them.
 if jax.__version_info__ < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(flags)

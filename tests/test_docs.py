@@ -62,8 +62,6 @@ def environment(tmp_path):
         "JAX_PLATFORMS": "cpu",
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        # What is computed is tested elsewhere: here compilers need not take pains.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true",
     }
 
 
