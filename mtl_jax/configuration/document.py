@@ -1,6 +1,7 @@
 """Configs as JSON: readable fields, and what rebuilds a config exactly."""
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -29,8 +30,8 @@ def to_document(config: fdl.Config, name: str) -> dict[str, Any]:
 
     Returns:
       ``config`` (its name), ``fields`` (dotted path -> value, defaults included, and
-      path -> name of the function or class for whatever is itself configured) and
-      ``fiddle`` (Fiddle's own serialization).
+      path -> name of the function or class for whatever is itself configured; not what
+      only a call will give) and ``fiddle`` (Fiddle's own serialization).
     """
     found = list(leaves(config))
     try:
@@ -41,7 +42,11 @@ def to_document(config: fdl.Config, name: str) -> dict[str, Any]:
         raise ValueError(f"config.json cannot hold the config: {error}") from error
     return {
         "config": full_name(name),
-        "fields": {path: _readable(value) for path, value, _ in found},
+        "fields": {
+            path: _readable(value)
+            for path, value, _ in found
+            if value is not inspect.Parameter.empty
+        },
         "fiddle": json.loads(saved),
     }
 
