@@ -34,7 +34,7 @@ ROUTER_METRICS = {
     "dead": "dead_experts",
     "entropy": "gate_entropy",
 }
-"""Statistic of a layer of experts -> name of its mean over layers."""
+"""Statistic of a layer of experts -> its name in metrics, by layer and averaged."""
 
 
 def make_train_step(
@@ -156,6 +156,8 @@ def task_metrics(evaluation: Evaluation, task_names: tuple[str, ...]) -> dict[st
         blocks = evaluation.statistics[task]
         for block, statistics in blocks.items():
             metrics[f"{task}/expert_load/{block}"] = statistics["load"]
+            for name, metric in ROUTER_METRICS.items():
+                metrics[f"{task}/{metric}/{block}"] = statistics[name]
         for name, metric in ROUTER_METRICS.items():
             if blocks:
                 values = [statistics[name] for statistics in blocks.values()]
