@@ -61,19 +61,47 @@ def check_selected(field: str, selected: int, num_experts: int) -> None:
         )
 
 
-def check_capacity_factor(capacity_factor: float | None) -> None:
+def check_capacity_factor(
+    capacity_factor: float | None, *, has_buffers: bool = False
+) -> None:
     """Checks that a capacity is a number, or that there is no limit.
 
     Whether it leaves experts a slot depends on the tokens, and is checked with them.
 
     Args:
       capacity_factor: Slots over what balanced routing needs, or None.
+      has_buffers: Whether a router fills buffers of that capacity, which needs one.
 
     Raises:
-      ValueError: If it is infinite or not a number.
+      ValueError: If it is infinite or not a number, or None where there are buffers.
     """
-    if capacity_factor is not None and not math.isfinite(capacity_factor):
+    if capacity_factor is None and not has_buffers:
+        return
+    if capacity_factor is None or not math.isfinite(capacity_factor):
+        otherwise = "" if has_buffers else ", or None for experts that take every token"
         raise ValueError(
             f"capacity_factor={capacity_factor} is not a finite number; make it "
-            "positive, or None for experts that take every token."
+            f"positive{otherwise}."
+        )
+
+
+def check_num_slots(
+    num_slots: int, num_tokens: int, num_experts: int, capacity_factor: float
+) -> None:
+    """Checks that experts have a slot.
+
+    Args:
+      num_slots: Slots of each expert.
+      num_tokens: Tokens of a group.
+      num_experts: Number of experts.
+      capacity_factor: What ``num_slots`` follows from.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    if num_slots < 1:
+        raise ValueError(
+            f"capacity_factor={capacity_factor} gives each of {num_experts} experts no "
+            f"slot for {num_tokens} tokens; with {num_experts / num_tokens:g} each has "
+            "one."
         )

@@ -64,25 +64,3 @@ def run_filled(
     return expert_parallel.map_groups(
         lambda filling, buffers: filling.combine(buffers), in_axes=(0, 1), out_axes=0
     )(filling, expert_parallel.exchange_back(buffers))
-
-
-def check_num_slots(
-    num_slots: int, num_tokens: int, num_experts: int, capacity_factor: float
-) -> None:
-    """Checks that experts have a slot.
-
-    Args:
-      num_slots: Slots of each expert.
-      num_tokens: Tokens of a group.
-      num_experts: Number of experts.
-      capacity_factor: What ``num_slots`` follows from.
-
-    Raises:
-      ValueError: If there is none.
-    """
-    if num_slots < 1:
-        raise ValueError(
-            f"capacity_factor={capacity_factor} gives each of {num_experts} experts no "
-            f"slot for {num_tokens} tokens; with {num_experts / num_tokens:g} each has "
-            "one."
-        )

@@ -151,21 +151,3 @@ def mutual_information(
     by_task = jnp.sum(joint, axis=1, keepdims=True) + epsilon
     by_expert = jnp.sum(joint, axis=0, keepdims=True) + epsilon
     return -jnp.sum(joint * jnp.log(joint / (by_task * by_expert) + epsilon))
-
-
-def outside_mass(
-    gates: Float[Array, "*passes experts"], num_experts: int
-) -> Float[Array, ""]:
-    """Squared gates of all but a task's largest ``num_experts`` (Mod-Squad).
-
-    The released code's other way (``w_topk_loss``) to keep each task to few experts.
-
-    Args:
-      gates: Mean gate of each expert, by task or pass.
-      num_experts: Experts that a task may use at no cost, at least 1.
-
-    Returns:
-      The sum over passes and experts.
-    """
-    ordered = jnp.sort(gates, axis=-1, descending=True)
-    return jnp.sum(jnp.square(ordered[..., num_experts:]))

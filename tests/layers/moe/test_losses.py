@@ -164,13 +164,3 @@ def test_gradient_of_mutual_information_by_finite_differences():
         jnp.float32(gates), jnp.array([3.0, 1.0, 2.0])
     )
     np.testing.assert_allclose(np.vdot(gradient, direction), difference, rtol=1e-4)
-
-
-def test_outside_mass_by_hand():
-    gates = jnp.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
-    one = losses.outside_mass(gates, 1)
-    np.testing.assert_allclose(one, 0.09 + 0.04 + 0.01 + 0.04, rtol=1e-6)
-    np.testing.assert_allclose(losses.outside_mass(gates, 2), 0.04 + 0.01, rtol=1e-6)
-    assert losses.outside_mass(gates, 3) == 0.0
-    gradient = jax.grad(losses.outside_mass)(gates, 2)
-    np.testing.assert_allclose(gradient, [[0, 0, 0.4], [0.2, 0, 0]], rtol=1e-6)

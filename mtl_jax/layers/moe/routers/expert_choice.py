@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from mtl_jax.layers.moe.filling import check_num_slots
+from mtl_jax.layers.moe.checks import check_capacity_factor, check_num_slots
 from mtl_jax.layers.moe.gates import Gate, MakeGate
 from mtl_jax.sharding import expert_parallel
 
@@ -127,8 +127,9 @@ class ExpertChoice(nn.Module):
         """Lets experts choose from the tokens of each group.
 
         Raises:
-          ValueError: If ``capacity_factor`` leaves experts no token.
+          ValueError: If ``capacity_factor`` is not finite or leaves experts no token.
         """
+        check_capacity_factor(self.capacity_factor, has_buffers=True)
         num_tokens = tokens.shape[1]
         capacity = math.ceil(self.capacity_factor * num_tokens / self.num_experts)
         check_num_slots(capacity, num_tokens, self.num_experts, self.capacity_factor)

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from mtl_jax.layers.moe.gates import Gate, MakeGate, check_task
+from mtl_jax.layers.moe.gates import HIDDEN, Gate, MakeGate, check_task
 from mtl_jax.layers.moe.routing import Routing, at_selected, largest
 
 
@@ -40,8 +40,7 @@ def loss_free(
     """
     scores = jax.nn.sigmoid(logits)
     biased = scores + jax.lax.stop_gradient(bias)[None, None]
-    # The bias of an expert that a gate hides grows, as nobody goes there: it must not
-    # be chosen for it.
+    # An expert that a gate hides must not win by the negative bias of others.
     seen = scores > 0
     expert_index = largest(jnp.where(seen, biased, -1e30), num_selected)
     values = jnp.where(seen, biased, 0.0) if as_released else scores
@@ -61,16 +60,26 @@ def loss_free(
 def updated_bias(
     bias: Float[Array, " experts"],
     expert_index: Int[Array, "groups tokens selected"],
+    seen: Bool[Array, " experts"],
     update_rate: float,
 ) -> Float[Array, " experts"]:
     """The bias after a step: up by ``update_rate`` where an expert got too few.
 
     ``bias + update_rate · sign(mean count - count)``, with the assignments of all
     groups counted, on whatever devices they are.
+
+    Args:
+      bias: Bias of each expert.
+      expert_index: Experts of each token.
+      seen: Which experts tokens may go to. The mean is over these, and the bias of
+        others stays: nobody goes there, and in the mean they would make the load of
+        those that are seen look too high.
+      update_rate: How far the bias moves.
     """
     chosen = jax.nn.one_hot(expert_index, bias.shape[-1], dtype=jnp.int32)
     count = jnp.sum(chosen, axis=(0, 1, 2)).astype(bias.dtype)
-    return bias + update_rate * jnp.sign(jnp.mean(count) - count)
+    direction = jnp.sign(jnp.mean(count, where=seen) - count)
+    return bias + update_rate * jnp.where(seen, direction, 0.0)
 
 
 class LossFree(nn.Module):
@@ -145,6 +154,7 @@ class LossFree(nn.Module):
             as_released=self.as_released,
         )
         if train and is_mutable and not self.is_initializing():
-            new = updated_bias(bias, routing.expert_index, self.update_rate)
+            seen = jnp.any(logits > HIDDEN, axis=(0, 1))
+            new = updated_bias(bias, routing.expert_index, seen, self.update_rate)
             biases.value = biases.value.at[row].set(new)
         return routing

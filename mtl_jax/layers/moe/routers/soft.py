@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from mtl_jax.layers.moe.filling import check_num_slots
+from mtl_jax.layers.moe.checks import check_capacity_factor, check_num_slots
 from mtl_jax.layers.moe.gates import (
     KERNEL_AXES,
     GateInit,
@@ -123,11 +123,12 @@ class Soft(nn.Module):
         """Weighs the tokens of each group, in training as otherwise.
 
         Raises:
-          ValueError: If ``capacity_factor`` leaves experts no slot, or ``task`` does
-            not fit ``num_tasks``.
+          ValueError: If ``capacity_factor`` is not finite or leaves experts no slot,
+            or ``task`` does not fit ``num_tasks``.
         """
         del condition, train
         check_task(task, self.num_tasks)
+        check_capacity_factor(self.capacity_factor, has_buffers=True)
         num_tokens, width = tokens.shape[1:]
         num_slots = round(self.capacity_factor * num_tokens / self.num_experts)
         check_num_slots(num_slots, num_tokens, self.num_experts, self.capacity_factor)

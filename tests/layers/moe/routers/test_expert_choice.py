@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,16 @@ def test_noise_is_drawn_in_training_alone():
     assert not np.array_equal(noisy(train=True, seed=1).token_index, quiet)
 
 
-def test_no_capacity_is_named():
-    with pytest.raises(ValueError, match=r"capacity_factor=0\.0.*with 0\.333333"):
-        choose(capacity_factor=0.0)
+@pytest.mark.parametrize(
+    ("capacity_factor", "message"),
+    [
+        (0.0, r"capacity_factor=0\.0 gives each of 4.*with 0\.333333"),
+        (-1.0, r"capacity_factor=-1\.0 gives each of 4"),
+        (math.inf, r"=inf is not a finite number; make it positive\."),
+        (math.nan, r"=nan is not a finite number; make it positive\."),
+        (None, r"=None is not a finite number; make it positive\."),
+    ],
+)
+def test_no_capacity_is_named(capacity_factor, message):
+    with pytest.raises(ValueError, match=message):
+        choose(capacity_factor=capacity_factor)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from mtl_jax.layers.moe.gates import Gate
 from mtl_jax.layers.moe.routers import LossFree
 from mtl_jax.layers.moe.routers.loss_free import loss_free, updated_bias
 
@@ -59,10 +61,42 @@ def test_an_expert_that_the_gate_hides_is_not_chosen_for_its_bias():
 def test_bias_moves_against_the_count():
     # Counts 3, 0, 2, 1 around a mean of 1.5, in three groups.
     index = jnp.array([[[0, 2]], [[0, 3]], [[0, 2]]])
-    bias = updated_bias(jnp.array([0.1, 0.0, 0.0, -0.1]), index, 0.01)
+    all_seen = jnp.ones(4, bool)
+    bias = updated_bias(jnp.array([0.1, 0.0, 0.0, -0.1]), index, all_seen, 0.01)
     np.testing.assert_allclose(bias, [0.09, 0.01, -0.01, -0.09], rtol=1e-6)
-    even = updated_bias(jnp.ones(2), jnp.array([[[0, 1]]]), 0.01)
+    even = updated_bias(jnp.ones(2), jnp.array([[[0, 1]]]), all_seen[:2], 0.01)
     np.testing.assert_array_equal(even, [1.0, 1.0])
+
+
+def test_experts_that_a_task_does_not_see_are_not_in_its_mean():
+    # Counts 3, 2, 1 of the three that are seen, around 2; over all five the mean would
+    # be 1.2, and raise the bias of expert 1 rather than leave it.
+    index = jnp.array([[[0, 1], [0, 1], [0, 2]]])
+    seen = jnp.array([True, True, True, False, False])
+    bias = updated_bias(jnp.array([0.0, 0.5, 0.0, 0.25, 0.0]), index, seen, 0.01)
+    np.testing.assert_allclose(bias, [-0.01, 0.5, 0.01, 0.25, 0.0], rtol=1e-6)
+
+
+def test_each_task_balances_the_experts_that_it_sees():
+    gate = functools.partial(
+        Gate, visible_experts=(3, 5), kernel_init=nn.initializers.zeros
+    )
+    router = LossFree(
+        num_experts=5, num_selected=2, num_tasks=2, gate=gate, update_rate=0.01
+    )
+    variables, tokens = variables_and_tokens(router)
+
+    @jax.jit
+    def balance(task):
+        _, updated = router.apply(
+            variables, tokens, task, train=True, mutable=["balance"]
+        )
+        return updated["balance"]["bias"][task]
+
+    # Equal logits send all tokens to experts 0 and 1.
+    rate = np.float32(0.01)
+    np.testing.assert_array_equal(balance(0), [-rate, -rate, rate, 0, 0])
+    np.testing.assert_array_equal(balance(1), [-rate, -rate, rate, rate, rate])
 
 
 def test_bias_has_no_gradient():
@@ -87,7 +121,8 @@ def test_bias_balances_what_logits_do_not():
         return jnp.mean(jax.nn.one_hot(index, 8), axis=(0, 1, 2))
 
     def step(_, bias):
-        return updated_bias(bias, route(logits, bias).expert_index, 1e-3)
+        index = route(logits, bias).expert_index
+        return updated_bias(bias, index, jnp.ones(8, bool), 1e-3)
 
     balanced = jax.lax.fori_loop(0, 1000, step, jnp.zeros(8))
     assert np.max(load(jnp.zeros(8))) > 2 / 8
@@ -106,7 +141,8 @@ def test_bias_moves_where_it_may():
     # Not by initialisation.
     np.testing.assert_array_equal(variables["balance"]["bias"], np.zeros(4))
     routing, updated = router.apply(variables, tokens, train=True, mutable=["balance"])
-    expected = updated_bias(jnp.zeros(4), routing.expert_index, 0.01)
+    all_seen = jnp.ones(4, bool)
+    expected = updated_bias(jnp.zeros(4), routing.expert_index, all_seen, 0.01)
     assert np.any(expected)
     np.testing.assert_array_equal(updated["balance"]["bias"], expected)
     _, kept = router.apply(variables, tokens, train=False, mutable=["balance"])

@@ -108,6 +108,10 @@ def test_each_task_has_its_slots():
     [
         (1, {}, r"capacity_factor=1\.0 gives each of 4 experts no slot for 1 tokens"),
         (8, {"capacity_factor": 0.1}, r"capacity_factor=0\.1 .* with 0\.5 each has"),
+        (8, {"capacity_factor": -1.0}, r"capacity_factor=-1\.0 gives each of 4"),
+        (8, {"capacity_factor": math.inf}, "=inf is not a finite number; make it pos"),
+        (8, {"capacity_factor": math.nan}, "=nan is not a finite number; make it pos"),
+        (8, {"capacity_factor": None}, r"=None is not a finite number; .*positive\."),
         (8, {"num_tasks": 2}, "task=None does not fit num_tasks=2"),
     ],
 )
