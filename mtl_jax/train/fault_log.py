@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from mtl_jax.data.batch import Batch
 from mtl_jax.train.faults import FaultReport
-from mtl_jax.train.run_folder import to_json
+from mtl_jax.train.run_folder import RunFolderError, to_json
 
 SPIKES = "spikes.jsonl"
 FAULTS = "faults"
@@ -66,6 +66,9 @@ class FaultLog:
       labels: Source name -> tasks that it labels.
       limit: Number of faulty steps in a row that stops the run.
       lines: Lines of metrics that earlier parts of the run left.
+
+    Raises:
+      RunFolderError: If the faults that the lines count are no numbers.
     """
 
     def __init__(
@@ -80,12 +83,17 @@ class FaultLog:
         self._limit = limit
         self._pending: deque[_Pending] = deque()
         self._fatal: _Pending | None = None
-        names = [f"{task}/left_out" for task in task_names]
+        names = [*(f"{task}/left_out" for task in task_names), "all/skipped_steps"]
+        for line in lines:
+            if not all(isinstance(line.get(name) or 0, int) for name in names):
+                raise RunFolderError(
+                    f"the line of step {line['step']} in metrics.jsonl is damaged; "
+                    "mend or delete the file"
+                )
         # Up to the last step taken, and up to the last line: a line tells of all steps
         # since the one before, whichever part of the run they were in.
         self._told = {
-            name: sum(line.get(name) or 0 for line in lines)
-            for name in (*names, "all/skipped_steps")
+            name: sum(line.get(name) or 0 for line in lines) for name in names
         }
         self._counts = dict(self._told)
 

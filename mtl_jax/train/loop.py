@@ -241,7 +241,7 @@ def _start_or_continue(
     logged = folder.truncate(METRICS, latest or 0)
     lines = folder.truncate(TIMINGS, latest or 0)
     folder.truncate(SPIKES, latest or 0)
-    unevaluated = folder.read_json(UNEVALUATED)
+    unevaluated = _read_unevaluated(folder)
     if unevaluated is not None:
         known = logged and logged[-1]["step"] == latest
         if known or unevaluated["step"] != latest:
@@ -260,6 +260,25 @@ def _start_or_continue(
         return program.init_state(), batches, timings, faults, None
     checkpoints.restore_data(latest, batches)
     return state, batches, timings, faults, unevaluated
+
+
+def _read_unevaluated(folder: RunFolder) -> dict[str, Any] | None:
+    """What a part of the run that was stopped knew of the step that it evaluated."""
+    document = folder.read_json(UNEVALUATED)
+    if document is None:
+        return None
+    step, metrics, timing = map(document.get, ("step", "metrics", "timing"))
+    if (
+        type(step) is not int
+        or not isinstance(metrics, dict)
+        or not isinstance(timing, dict)
+        or timing.get("step") != step
+    ):
+        raise RunFolderError(
+            f"{folder.path / UNEVALUATED} is damaged; delete it, and metrics.jsonl "
+            "will lack the line of an evaluation"
+        )
+    return document
 
 
 class _Loop:

@@ -90,19 +90,19 @@ class RunFolder:
           The lines that are left.
 
         Raises:
-          RunFolderError: If a line before that is not JSON.
+          RunFolderError: If a line before that is not one of a run.
         """
         path = self.path / name
         if not path.exists():
             return []
-        text, kept = "", []
-        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
+        text, kept = b"", []
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
                 break
             try:
                 record = json.loads(line)
                 late = record["step"] > last_step
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RunFolderError(
                     f"line {number} of {path} is damaged; mend or delete the file"
                 ) from error
@@ -112,7 +112,7 @@ class RunFolder:
             kept.append(record)
         if self._writes:
             temporary = path.with_name(f".{name}.tmp")
-            temporary.write_text(text)
+            temporary.write_bytes(text)
             os.replace(temporary, path)
         return kept
 

@@ -16,6 +16,7 @@ from mtl_jax.data import training_batches
 from mtl_jax.train import (
     NumericalFaultError,
     RunFolder,
+    RunFolderError,
     StoppedError,
     StopSignals,
     build_program,
@@ -25,6 +26,7 @@ from mtl_jax.train import (
 )
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.description import describe
+from mtl_jax.train.fault_log import FaultLog
 from mtl_jax.train.program import Program
 
 STEPS = 20
@@ -141,6 +143,13 @@ def test_an_interruption_changes_no_count(
         final_state(program, folder),
         final_state(program, whole),
     )
+
+
+@pytest.mark.parametrize("value", ["x", 0.5, [1], {"a": 1}])
+def test_a_damaged_line_of_metrics_is_named(tmp_path, value):
+    lines = [{"step": 1, "phase/left_out": None}, {"step": 4, "phase/left_out": value}]
+    with pytest.raises(RunFolderError, match=r"step 4 in metrics\.jsonl is damaged"):
+        FaultLog(tmp_path, ["phase"], {}, 1, lines)
 
 
 def test_too_many_faults_stop_the_run(program, batches, tmp_path):

@@ -160,6 +160,22 @@ def test_an_evaluation_cut_short_is_made_up_for(
     assert not (tmp_path / loop.UNEVALUATED).exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"step": 3}',
+        '{"step": 3, "metrics": 1, "timing": {"step": 3}}',
+        '{"step": 3, "metrics": {}, "timing": []}',
+        '{"step": 3, "metrics": {}, "timing": {"step": 2}}',
+    ],
+)
+def test_a_damaged_note_of_an_evaluation_is_named(program, tmp_path, content):
+    (tmp_path / loop.UNEVALUATED).write_text(content)
+    with pytest.raises(RunFolderError, match="unevaluated.json is damaged"):
+        train(program, RunFolder(tmp_path), "small")
+
+
 class At:
     """Does something to a run when a step has been logged."""
 

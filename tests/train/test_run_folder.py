@@ -17,9 +17,16 @@ def test_a_log_is_cut_after_a_step(tmp_path):
     assert (tmp_path / "log").read_text() == '{"step": 1, "value": null}\n'
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": "x"}', "3"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"{", b"[]", b"{}", b'{"step": "x"}', b"3", b"\0", b"[" * 100_000),
+        # One bit of a letter that is another.
+        b'{"step": 2, "\xecoss": 1}',
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path, line):
-    (tmp_path / "log").write_text(f'{{"step": 1}}\n{line}\n')
+    (tmp_path / "log").write_bytes(b'{"step": 1}\n' + line + b"\n")
     with pytest.raises(RunFolderError, match=r"line 2 of .*log is damaged"):
         RunFolder(tmp_path).truncate("log", 4)
 
