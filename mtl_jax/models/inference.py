@@ -1,9 +1,10 @@
 """A trained model for some of its tasks, with only their experts on the device.
 
-Which experts a task uses is measured on data (`measure_usage`) and turned into sets
-(`used_experts`); `place_params` puts those on the device and leaves the others in the
-host's memory; `Predictor` runs the model from there. With no expert at all on the
-device, they come one after another (`mtl_jax.layers.moe.streaming`).
+Which experts a task uses is measured on data (`mtl_jax.models.experts.expert_usage`)
+and turned into sets (`used_experts`); `place_params` puts those on the device and
+leaves the others in the host's memory; `Predictor` runs the model from there. With no
+expert at all on the device, they come one after another
+(`mtl_jax.layers.moe.streaming`).
 """
 
 import functools
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from mtl_jax.layers.moe.layer import MoE
 from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.layers.moe.streaming import (
     MISSING,
@@ -25,14 +25,11 @@ from mtl_jax.layers.moe.streaming import (
     place_experts,
     streaming,
 )
+from mtl_jax.models.experts import Usage
 from mtl_jax.models.multitask import MultitaskModel, Params, layer_statistics
 
-Usage = Mapping[str, Float[np.ndarray, " experts"]]
-"""Block of the trunk -> share of a task's assignments that each expert gets."""
-
-
 FIRST_CHOICE = "first_choice"
-"""Statistic of a layer: the expert that each token goes to first."""
+"""Statistic of a router: the expert that each token goes to first."""
 
 
 class MissingExpertError(LookupError):
@@ -74,14 +71,14 @@ def group_size(model: MultitaskModel) -> int:
     return math.lcm(*(make().group_size for make in makers if make is not None))
 
 
-def hold_experts(trunk_params: Mapping) -> dict:
+def as_placed_experts(trunk_params: Mapping) -> dict:
     """Parameters with all experts `PlacedExperts` where they are; a pure function.
 
     The layers then compute in a way that does not depend on the platform, for any
     number of images. Blocks that a scan repeats stay as they are.
     """
 
-    def hold(experts: PyTree) -> PlacedExperts:
+    def placed(experts: PyTree) -> PlacedExperts:
         number = jax.tree.leaves(experts)[0].shape[0]
         none = jax.tree.map(lambda leaf: leaf[:0], experts)
         return PlacedExperts(experts, none, jnp.arange(number, dtype=jnp.int32))
@@ -89,21 +86,12 @@ def hold_experts(trunk_params: Mapping) -> dict:
     return {
         name: {
             **block,
-            "moe": {**block["moe"], "experts": hold(block["moe"]["experts"])},
+            "moe": {**block["moe"], "experts": placed(block["moe"]["experts"])},
         }
         if isinstance(block, Mapping) and "moe" in block
         else block
         for name, block in trunk_params.items()
     }
-
-
-def _task_index(model: MultitaskModel, task: str) -> int:
-    tasks = list(model.heads)
-    if task not in tasks:
-        raise ValueError(
-            f"task is {task!r}, but the model has heads for {tasks}; name one of them"
-        )
-    return tasks.index(task)
 
 
 def task_features(
@@ -168,7 +156,7 @@ def predict(
     Raises:
       ValueError: If the model has no such task.
     """
-    index = _task_index(model, task)
+    index = model.task_index(task)
     features, _ = task_features(model, params["trunk"], images, index, collections)
     return model.apply_head(params["heads"][task], features, task)
 
@@ -180,7 +168,7 @@ def first_choices(
     index: Int[Array, ""] | int,
     collections: Mapping[str, Any] | None = None,
 ) -> dict[str, Int[Array, "batch rows columns"]]:
-    """The expert that each patch goes to first. A pure function.
+    """The expert that each patch goes to first, in every layer. A pure function.
 
     Args:
       model: The model.
@@ -190,7 +178,8 @@ def first_choices(
       collections: What the trunk keeps besides its parameters.
 
     Returns:
-      Block -> experts; nothing of blocks whose router leaves no choice to tokens.
+      Layer -> experts, those of attention included; nothing of layers whose router
+      leaves no choice to tokens.
     """
 
     def intercept(
@@ -199,68 +188,27 @@ def first_choices(
         keywords: Mapping[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        module = context.module
-        if isinstance(module, MoE) and context.method_name == "_apply_experts":
-            decision = arguments[1]
-            if isinstance(decision, Routing):
-                module.sow(
-                    "statistics",
-                    FIRST_CHOICE,
-                    decision.expert_index[..., 0].reshape(len(images), -1),
-                    reduce_fn=lambda _, new: new,
-                    init_fn=lambda: jnp.zeros((), jnp.int32),
-                )
-        return call(*arguments, **keywords)
+        decision = call(*arguments, **keywords)
+        if isinstance(decision, Routing):
+            context.module.sow(
+                "statistics",
+                FIRST_CHOICE,
+                decision.expert_index[..., 0].reshape(len(images), -1),
+                reduce_fn=lambda _, new: new,
+                init_fn=lambda: jnp.zeros((), jnp.int32),
+            )
+        return decision
 
     with nn.intercept_methods(intercept):
         features, sown = _apply(model, trunk_params, images, index, collections)
     _, rows, columns, _ = features.shape
     # Tokens of no patch, such as that of the class, come first.
+    by_layer = {layer: values.get("router", {}) for layer, values in sown.items()}
     return {
-        block: values[FIRST_CHOICE][:, -rows * columns :].reshape(-1, rows, columns)
-        for block, values in sown.items()
-        if FIRST_CHOICE in values
+        layer: written[FIRST_CHOICE][:, -rows * columns :].reshape(-1, rows, columns)
+        for layer, written in by_layer.items()
+        if FIRST_CHOICE in written
     }
-
-
-def measure_usage(
-    model: MultitaskModel,
-    params: Params,
-    batches: Iterable[Array],
-    task: str,
-    collections: Mapping[str, Any] | None = None,
-) -> Usage:
-    """Which experts a task's routers send the patches of some images to.
-
-    Args:
-      model: The model.
-      params: Its parameters, all experts on the device.
-      batches: Images ``[batch, height, width, channels]`` of every batch.
-      task: Name of the task.
-      collections: What the trunk keeps besides its parameters.
-
-    Raises:
-      ValueError: If there is no batch, or the model has no such task.
-    """
-    index = _task_index(model, task)
-
-    @jax.jit
-    def load(trunk_params: Mapping, images: Array) -> dict[str, Array]:
-        _, statistics = task_features(model, trunk_params, images, index, collections)
-        return {block: values["load"] for block, values in statistics.items()}
-
-    total: dict[str, np.ndarray] = {}
-    count = 0
-    for images in batches:
-        for block, share in jax.device_get(load(params["trunk"], images)).items():
-            weighted = len(images) * np.asarray(share, np.float64)
-            total[block] = total.get(block, 0.0) + weighted
-        count += len(images)
-    if not count:
-        raise ValueError(
-            "batches is empty; give images to measure the use of experts on"
-        )
-    return {block: share / count for block, share in total.items()}
 
 
 def used_experts(
@@ -269,12 +217,12 @@ def used_experts(
     """The experts that tasks need, for `place_params`.
 
     Args:
-      usages: Of each task that is to run.
-      coverage: Share of each task's assignments in each block that the experts must
+      usages: Of each task that is to run, from `mtl_jax.models.experts.expert_usage`.
+      coverage: Share of each task's assignments in each layer that the experts must
         serve, in (0, 1]; the fewest that do are taken. 1 takes all that were used.
 
     Returns:
-      Block -> experts, ascending; the union over tasks.
+      Layer -> experts, ascending; the union over tasks.
 
     Raises:
       ValueError: If the coverage is out of range.
@@ -285,13 +233,14 @@ def used_experts(
         )
     chosen: dict[str, set[int]] = {}
     for usage in usages:
-        for block, share in usage.items():
+        for layer, used in usage.items():
+            share = used / used.sum()
             order = np.argsort(-share, kind="stable")
             before = np.cumsum(share[order]) - share[order]
             # The last digits of a sum of shares are not to bring in another expert.
             needed = (share[order] > 0) & (before < coverage - 1e-9)
-            chosen.setdefault(block, set()).update(order[needed].tolist())
-    return {block: tuple(sorted(experts)) for block, experts in chosen.items()}
+            chosen.setdefault(layer, set()).update(order[needed].tolist())
+    return {layer: tuple(sorted(experts)) for layer, experts in chosen.items()}
 
 
 def place_params(
@@ -308,15 +257,18 @@ def place_params(
       params: Parameters of the whole model, of NumPy or on any device.
       tasks: The tasks that are to run; the heads of others are left out.
       resident: Block -> experts that the device holds, as `used_experts` gives them;
-        none of a block that is not named. An empty mapping streams all of them.
+        none of a block that is not named. An empty mapping streams all of them. Those
+        of attention (`mtl_jax.layers.moe.MoeAttention`) are all on the device, and not
+        to be named.
       others: Whether other experts wait in the host's memory, from which they come
         when a token wants them; or are nowhere, and a token that wants one is an error
         of `Predictor`.
       device: The device; JAX's first by default.
 
     Raises:
-      ValueError: If there is no such task, block or expert, or blocks are repeated by
-        a scan, which has the experts of all of them in one array.
+      ValueError: If there is no such task, block or expert, if an attention's experts
+        are named, or if blocks are repeated by a scan, which has the experts of all of
+        them in one array.
     """
     if "blocks" in params["trunk"]:
         raise ValueError(
@@ -348,6 +300,13 @@ def place_params(
         return placed
 
     trunk = place(params["trunk"])
+    attention = sorted(layer for layer in resident if layer.endswith("_attention"))
+    if attention:
+        raise ValueError(
+            f"resident names {attention[0]!r}, but experts of attention cannot be left "
+            "out: all of them are placed on the device; leave the layer out of "
+            "resident, or extract the model of one task"
+        )
     if set(resident) - found:
         raise ValueError(
             f"resident names block {min(set(resident) - found)!r}, but blocks with "
@@ -403,7 +362,7 @@ class Predictor:
           MissingExpertError: If a patch was routed to an expert that was left out; says
             to which, and how many.
         """
-        index = np.int32(_task_index(self.model, task))
+        index = np.int32(self.model.task_index(task))
         if task not in self.params["heads"]:
             raise ValueError(
                 f"task is {task!r}, but the parameters were placed for "

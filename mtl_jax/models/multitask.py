@@ -147,6 +147,20 @@ class MultitaskModel:
             train=False,
         )
 
+    def task_index(self, task: str) -> int:
+        """The place of a task among the heads, by which the trunk tells tasks apart.
+
+        Raises:
+          ValueError: If there is no such task.
+        """
+        tasks = list(self.heads)
+        if task not in tasks:
+            raise ValueError(
+                f"task is {task!r}, but the model has heads for {tasks}; name one of "
+                "them"
+            )
+        return tasks.index(task)
+
     def num_passes(self, tasks: Sequence[str]) -> int:
         """Forward passes of the trunk that ``tasks`` need: one, or one each."""
         return len(tasks) if self.task_conditioned else 1
@@ -179,10 +193,13 @@ class MultitaskModel:
         Returns:
           Features, auxiliary loss, router statistics and collections, each with a
           leading axis over the passes.
+
+        Raises:
+          ValueError: If there is no such task.
         """
-        names = list(self.heads)
         indices = jnp.array(
-            [names.index(task) for task in tasks][: self.num_passes(tasks)], jnp.int32
+            [self.task_index(task) for task in tasks][: self.num_passes(tasks)],
+            jnp.int32,
         )
 
         def apply(arguments) -> TrunkOutput:

@@ -11,7 +11,12 @@ import jax.export
 import jax.numpy as jnp
 from jax.errors import InconclusiveDimensionOperation
 
-from mtl_jax.models.inference import group_size, hold_experts, predict, single_examples
+from mtl_jax.models.inference import (
+    as_placed_experts,
+    group_size,
+    predict,
+    single_examples,
+)
 from mtl_jax.train.program import Program
 from mtl_jax.train.state import TrainState
 
@@ -63,7 +68,7 @@ def export_task(
             f"{multiple}"
         )
     params = {
-        "trunk": hold_experts(state.params["trunk"]),
+        "trunk": as_placed_experts(state.params["trunk"]),
         "heads": {task: state.params["heads"][task]},
     }
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -102,7 +102,7 @@ def _routing(
     # Without a router a task, one task tells of all.
     for task in tasks if model.task_conditioned else tasks[:1]:
         with program.scope():
-            index = np.int32(list(model.heads).index(task))
+            index = np.int32(model.task_index(task))
             placed = program.place(batch[program.local_rows(padded)])
             found = jax.device_get(choose(params, placed, index))
         name = task if model.task_conditioned else "all"

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from mtl_jax.layers.heads import Classification, DensePrediction
-from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe import MoE, MoeAttention
 from mtl_jax.layers.moe.gates import Gate
 from mtl_jax.layers.moe.routers import ExpertChoice, M3ViT
 from mtl_jax.models import MultitaskModel, VisionTransformer
+from mtl_jax.models.experts import expert_usage
 from mtl_jax.models.inference import (
     MissingExpertError,
     Predictor,
     first_choices,
-    measure_usage,
     place_params,
     predict,
     single_examples,
@@ -69,7 +69,7 @@ def plain(task):
 
 @functools.cache
 def usage(task):
-    return measure_usage(MODEL, parameters(), [IMAGES, IMAGES], task)
+    return expert_usage(MODEL, parameters(), task, [IMAGES, IMAGES])
 
 
 def place(tasks, resident, **options):
@@ -110,10 +110,12 @@ def test_the_experts_that_were_measured_suffice():
 
 
 def test_usage_is_the_share_of_the_routers_choices():
-    _, statistics = task_features(MODEL, parameters()["trunk"], IMAGES, 1)
-    for block, share in usage("height").items():
-        np.testing.assert_allclose(share, statistics[block]["load"], atol=1e-7)
-        assert share.sum() == pytest.approx(1)
+    features = jax.jit(functools.partial(task_features, MODEL))
+    _, statistics = features(parameters()["trunk"], IMAGES, 1)
+    for block, used in usage("height").items():
+        # Each patch goes to two experts.
+        np.testing.assert_allclose(used, 2 * statistics[block]["load"], atol=1e-7)
+        assert used.sum() == pytest.approx(2)
 
 
 def test_the_fewest_experts_that_cover_the_assignments_are_chosen():
@@ -208,6 +210,45 @@ def test_first_choices_are_the_largest_logits_of_each_patch(fields):
     assert len(np.unique(largest)) > 2
 
 
+def test_first_choices_of_attention():
+    attention = functools.partial(
+        MoeAttention, num_experts=8, head_width=4, router=EXPERTS.keywords["router"]
+    )
+    model = MultitaskModel(
+        TRUNK(depth=1, moe=(None,), attention=attention, num_tasks=3), HEADS
+    )
+    init = jax.jit(functools.partial(model.trunk.init, train=False))
+    params = nn.unbox(init(jax.random.key(1), IMAGES, 0))["params"]
+
+    @jax.jit
+    def both(params):
+        _, kept = model.trunk.apply(
+            {"params": params},
+            IMAGES,
+            2,
+            capture_intermediates=lambda module, _: module.name == "attention_norm",
+            mutable=["intermediates"],
+        )
+        tokens = kept["intermediates"]["block_0"]["attention_norm"]["__call__"][0]
+        return first_choices(model, params, IMAGES, 2), tokens
+
+    chosen, tokens = both(params)
+    kernel = params["block_0"]["attention"]["router"]["gate"]["kernel"][2]
+    logits = np.matmul(np.asarray(tokens, np.float64), np.asarray(kernel, np.float64))
+    largest = np.argmax(logits, axis=-1)
+    assert list(chosen) == ["block_0_attention"]
+    np.testing.assert_array_equal(chosen["block_0_attention"], largest.reshape(2, 4, 4))
+    assert len(np.unique(largest)) > 2
+
+
+def test_shares_are_of_assignments():
+    # Each token goes to two: 1, 0.5 and 0.5 of the tokens are shares 1/2, 1/4 and 1/4.
+    usage = {"block_1": np.array([0.5, 1.0, 0.0, 0.5])}
+    assert used_experts([usage], 0.5) == {"block_1": (1,)}
+    assert used_experts([usage], 0.6) == {"block_1": (0, 1)}
+    assert used_experts([usage], 1.0) == {"block_1": (0, 1, 3)}
+
+
 def test_mistakes_are_explained():
     params = parameters()
     with pytest.raises(ValueError, match="names 'depth', but the parameters have"):
@@ -218,8 +259,8 @@ def test_mistakes_are_explained():
         place_params({"trunk": {"blocks": {}}, "heads": {}}, (), {})
     with pytest.raises(ValueError, match="coverage is 0"):
         used_experts([usage("digit")], 0)
-    with pytest.raises(ValueError, match="batches is empty"):
-        measure_usage(MODEL, params, [], "digit")
+    with pytest.raises(ValueError, match=r"'block_0_attention', but .* cannot be left"):
+        place_params(params, ("digit",), {"block_0_attention": (0,), "block_1": (0,)})
     with pytest.raises(ValueError, match="the parameters were placed for"):
         place(("digit",), {})(IMAGES, "height")
     assert jnp.isfinite(plain("digit")).all()
@@ -232,7 +273,7 @@ def test_a_task_that_the_model_does_not_have_is_named_beside_those_it_has():
     )
     for ask in (
         lambda: predict(MODEL, params, IMAGES, "zz"),
-        lambda: measure_usage(MODEL, params, [IMAGES], "zz"),
+        lambda: expert_usage(MODEL, params, "zz", [IMAGES]),
         lambda: streamed()(IMAGES, "zz"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -15,10 +15,10 @@ from mtl_jax.layers.moe.checks import (
     check_tokens,
 )
 from mtl_jax.layers.moe.dispatch import slots_per_expert
+from mtl_jax.layers.moe.dispatcher import Dispatcher, run_dispatcher
 from mtl_jax.layers.moe.execution import Execution, choose, run
 from mtl_jax.layers.moe.experts import expert_stages
-from mtl_jax.layers.moe.filling import Filling, run_filled
-from mtl_jax.layers.moe.record import record, record_filled
+from mtl_jax.layers.moe.record import record, record_dispatcher
 from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.sharding import expert_parallel
@@ -41,8 +41,8 @@ class MoE(nn.Module):
     does not depend on it.
 
     Some routers fill the experts' buffers themselves, see
-    `mtl_jax.layers.moe.filling.Filling`. They have a ``capacity_factor`` of their own;
-    this layer's, ``num_selected`` and ``execution`` are for those by which tokens
+    `mtl_jax.layers.moe.dispatcher.Dispatcher`. They have a ``capacity_factor`` of their
+    own; this layer's, ``num_selected`` and ``execution`` are for those by which tokens
     choose.
 
     Two collections are written where they are mutable: ``losses`` has the weighted
@@ -144,7 +144,9 @@ class MoE(nn.Module):
         return output
 
     def _apply_experts(
-        self, groups: Float[Array, "groups tokens width"], decision: Routing | Filling
+        self,
+        groups: Float[Array, "groups tokens width"],
+        decision: Routing | Dispatcher,
     ) -> Float[Array, "groups tokens width"]:
         """The experts' weighted outputs; records statistics of the decision."""
         expert = self.expert(
@@ -159,8 +161,8 @@ class MoE(nn.Module):
                     f"execution={self.execution} is for tokens that choose experts, "
                     "and this router fills the experts' buffers itself; leave it None."
                 )
-            record_filled(self, decision)
-            return run_filled(stages, parameters, groups, decision)
+            record_dispatcher(self, decision)
+            return run_dispatcher(stages, parameters, groups, decision)
         num_tokens = groups.shape[1]
         capacity = num_tokens
         if self.capacity_factor is not None:

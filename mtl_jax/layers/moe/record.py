@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from mtl_jax.layers.moe.filling import Filling
+from mtl_jax.layers.moe.dispatcher import Dispatcher
 from mtl_jax.layers.moe.routing import Routing, assigned_fraction, entropy
 
 
@@ -27,7 +27,7 @@ def record(module: nn.Module, routing: Routing, dropped: Float[Array, ""]) -> No
     _sow(module, "losses", "auxiliary", routing.auxiliary_loss)
 
 
-def record_filled(module: nn.Module, filling: Filling) -> None:
+def record_dispatcher(module: nn.Module, dispatcher: Dispatcher) -> None:
     """Writes the same where the router filled the experts' buffers itself.
 
     All experts then have the same load, and there is no loss; what is dropped is the
@@ -35,14 +35,14 @@ def record_filled(module: nn.Module, filling: Filling) -> None:
 
     Args:
       module: The layer.
-      filling: What its router decided.
+      dispatcher: What its router decided.
     """
     if module.is_initializing():
         return
-    num_experts = filling.probabilities.shape[-1]
+    num_experts = dispatcher.probabilities.shape[-1]
     load = jnp.full(num_experts, 1 / num_experts, jnp.float32)
-    dropped = 1.0 - jnp.mean(filling.served.astype(jnp.float32))
-    statistics = _statistics(load, dropped, filling.probabilities)
+    dropped = 1.0 - jnp.mean(dispatcher.processed.astype(jnp.float32))
+    statistics = _statistics(load, dropped, dispatcher.probabilities)
     for name, value in statistics.items():
         _sow(module, "statistics", name, value)
     _sow(module, "losses", "auxiliary", jnp.zeros((), jnp.float32))

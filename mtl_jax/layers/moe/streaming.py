@@ -21,11 +21,11 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mtl_jax.layers.moe import dispatch
+from mtl_jax.layers.moe.dispatcher import Dispatcher, run_dispatcher
 from mtl_jax.layers.moe.experts import expert_stages
-from mtl_jax.layers.moe.filling import Filling, run_filled
 from mtl_jax.layers.moe.grouped import Stage, linear
 from mtl_jax.layers.moe.layer import MoE
-from mtl_jax.layers.moe.record import record, record_filled
+from mtl_jax.layers.moe.record import record, record_dispatcher
 from mtl_jax.layers.moe.routing import Routing
 from mtl_jax.sharding import expert_parallel
 
@@ -248,7 +248,7 @@ def _apply_experts(
     module: MoE,
     experts: PlacedExperts,
     groups: Float[Array, "groups tokens width"],
-    decision: Routing | Filling,
+    decision: Routing | Dispatcher,
 ) -> Float[Array, "groups tokens width"]:
     """What the layer itself does, with experts wherever they are."""
     expert = module.expert(
@@ -264,9 +264,9 @@ def _apply_experts(
                 f"the router of {module.name!r} fills the buffers of all experts, so "
                 "none can be left out; keep all of them on the device"
             )
-        record_filled(module, decision)
+        record_dispatcher(module, decision)
         parameters = _cast(experts.resident, groups.dtype)
-        return run_filled(stages, parameters, groups, decision)
+        return run_dispatcher(stages, parameters, groups, decision)
     num_tokens = groups.shape[1]
     capacity = num_tokens
     if module.capacity_factor is not None:

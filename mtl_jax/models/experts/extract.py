@@ -119,9 +119,7 @@ def extract(
       ValueError: If there is no such task, or a router has parameters that do not say
         by logical axes what belongs to which expert and task.
     """
-    names = list(model.heads)
-    if task not in names:
-        raise ValueError(f"there is no task {task!r}; choose from {', '.join(names)}")
+    index = model.task_index(task)
     trunk: Any = model.trunk
     boxes = _flat(_abstract_params(_unscanned(trunk), inputs[task]))
     layers = expert_layers(trunk)
@@ -130,7 +128,7 @@ def extract(
         leaf = np.asarray(leaf)
         for axis, name in enumerate(axes):
             if name == "task":
-                leaf = np.take(leaf, [names.index(task)], axis=axis)
+                leaf = np.take(leaf, [index], axis=axis)
             if name in ("expert", "expert_logits"):
                 leaf = np.take(leaf, kept[_layer_of(path, layers).name], axis=axis)
         return leaf

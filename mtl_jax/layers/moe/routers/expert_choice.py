@@ -15,19 +15,19 @@ from mtl_jax.sharding import expert_parallel
 
 
 class ChosenTokens(NamedTuple):
-    """Tokens chosen by each expert; a `mtl_jax.layers.moe.filling.Filling`.
+    """Tokens chosen by each expert; a `mtl_jax.layers.moe.dispatcher.Dispatcher`.
 
     Attributes:
       token_index: Tokens of each expert's buffer, the best first.
       weight: Weights with which the outputs are added to the tokens; float32.
       probabilities: Gate of every expert for each token, without noise; float32.
-      served: Which tokens some expert took.
+      processed: Which tokens some expert took.
     """
 
     token_index: Int[Array, "groups experts capacity"]
     weight: Float[Array, "groups experts capacity"]
     probabilities: Float[Array, "groups tokens experts"]
-    served: Bool[Array, "groups tokens"]
+    processed: Bool[Array, "groups tokens"]
 
     def dispatch(
         self, tokens: Float[Array, "groups tokens width"]
@@ -44,7 +44,7 @@ class ChosenTokens(NamedTuple):
 
         def one(rows, index, weight):
             weighted = rows * weight[..., None].astype(rows.dtype)
-            sums = jnp.zeros((self.served.shape[1], rows.shape[-1]), rows.dtype)
+            sums = jnp.zeros((self.processed.shape[1], rows.shape[-1]), rows.dtype)
             return sums.at[index].add(weighted)
 
         return jax.vmap(one, in_axes=(1, 0, 0))(buffers, self.token_index, self.weight)
@@ -79,16 +79,16 @@ def expert_choice(
 
     def choose(gates):
         weight, index = jax.lax.top_k(gates.swapaxes(1, 2), capacity)
-        served = jax.vmap(lambda row, index: row.at[index].set(True))(
+        processed = jax.vmap(lambda row, index: row.at[index].set(True))(
             jnp.zeros(gates.shape[:2], jnp.bool_), index
         )
-        return index, weight, served
+        return index, weight, processed
 
     # The partitioner would gather the gates of all groups to sort them.
-    index, weight, served = expert_parallel.map_groups(
+    index, weight, processed = expert_parallel.map_groups(
         choose, in_axes=(0,), out_axes=(0, 0, 0)
     )(gates)
-    return ChosenTokens(index, weight, clean, served)
+    return ChosenTokens(index, weight, clean, processed)
 
 
 class ExpertChoice(nn.Module):

@@ -19,7 +19,7 @@ from mtl_jax.layers.moe.gates import (
 
 
 class SoftSlots(NamedTuple):
-    """Weights between tokens and slots; a `mtl_jax.layers.moe.filling.Filling`.
+    """Weights between tokens and slots; a `mtl_jax.layers.moe.dispatcher.Dispatcher`.
 
     Attributes:
       dispatch_weight: Share of each token in each slot; they add up to 1 over tokens.
@@ -36,7 +36,7 @@ class SoftSlots(NamedTuple):
         return jnp.sum(self.combine_weight, axis=-1)
 
     @property
-    def served(self) -> Bool[Array, "groups tokens"]:
+    def processed(self) -> Bool[Array, "groups tokens"]:
         """True: every token is in every slot."""
         return jnp.ones(self.combine_weight.shape[:2], jnp.bool_)
 

@@ -17,7 +17,7 @@ def test_by_hand():
     choice = expert_choice(jnp.log(gates), None, capacity=2)
     np.testing.assert_array_equal(choice.token_index, [[[2, 0], [1, 0]]])
     np.testing.assert_allclose(choice.weight, [[[0.9, 0.6], [0.8, 0.4]]], rtol=1e-6)
-    np.testing.assert_array_equal(choice.served, [[True, True, True, False, False]])
+    np.testing.assert_array_equal(choice.processed, [[True, True, True, False, False]])
     np.testing.assert_allclose(choice.probabilities, gates, rtol=1e-6)
     tokens = jnp.arange(1.0, 6.0).reshape(1, 5, 1)
     buffers = choice.dispatch(tokens)

@@ -30,7 +30,7 @@ def test_by_hand():
     combine = [[3 / 4, 1 / 4], [1 / 4, 3 / 4], [1 / 4, 3 / 4]]
     np.testing.assert_allclose(weights.combine_weight[0, :, :, 0], combine, rtol=1e-5)
     np.testing.assert_allclose(weights.probabilities[0], combine, rtol=1e-5)
-    assert np.all(weights.served)
+    assert np.all(weights.processed)
     np.testing.assert_allclose(
         weights.dispatch(tokens)[:, 0, 0],
         [[3.0, 16 / 5], [5 / 7, 48 / 7]],

@@ -10,8 +10,8 @@ from mtl_jax.layers.moe.grouped import Stage
 from mtl_jax.sharding import expert_parallel
 
 
-class Filling(Protocol):
-    """How tokens get into buffers, and outputs back to tokens.
+class Dispatcher(Protocol):
+    """How tokens get into buffers, and outputs back to tokens; the name is V-MoE's.
 
     For routers by which tokens do not choose experts. It is a pytree of arrays with the
     groups in front, and treats groups independently: on a mesh each device has the part
@@ -24,7 +24,7 @@ class Filling(Protocol):
         ...
 
     @property
-    def served(self) -> Bool[Array, "groups tokens"]:
+    def processed(self) -> Bool[Array, "groups tokens"]:
         """Which tokens are in some expert's buffer."""
         ...
 
@@ -41,11 +41,11 @@ class Filling(Protocol):
         ...
 
 
-def run_filled(
+def run_dispatcher(
     stages: Sequence[Stage],
     parameters: PyTree,
     groups: Float[Array, "groups tokens width"],
-    filling: Filling,
+    dispatcher: Dispatcher,
 ) -> Float[Array, "groups tokens width"]:
     """Applies experts to the buffers that a router filled.
 
@@ -55,12 +55,16 @@ def run_filled(
       stages: What an expert does.
       parameters: Parameters of all experts, with a leading axis over them.
       groups: Tokens, in the dtype of the experts.
-      filling: What the router decided.
+      dispatcher: What the router decided.
     """
     buffers = expert_parallel.map_groups(
-        lambda filling, groups: filling.dispatch(groups), in_axes=(0, 0), out_axes=1
-    )(filling, groups)
+        lambda dispatcher, groups: dispatcher.dispatch(groups),
+        in_axes=(0, 0),
+        out_axes=1,
+    )(dispatcher, groups)
     buffers = apply_buffers(stages, parameters, expert_parallel.exchange(buffers))
     return expert_parallel.map_groups(
-        lambda filling, buffers: filling.combine(buffers), in_axes=(0, 1), out_axes=0
-    )(filling, expert_parallel.exchange_back(buffers))
+        lambda dispatcher, buffers: dispatcher.combine(buffers),
+        in_axes=(0, 1),
+        out_axes=0,
+    )(dispatcher, expert_parallel.exchange_back(buffers))
