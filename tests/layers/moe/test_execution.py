@@ -2,15 +2,23 @@
 
 import functools
 
-import jax
 import pytest
-from dense_oracle import TOKENS, assert_close, expected, layer, problem
-from jax.sharding import NamedSharding, PartitionSpec
+from dense_oracle import (
+    DROPLESS,
+    LIMITED,
+    ROUTINGS,
+    assert_close,
+    assert_equals_oracle,
+    expected,
+    layer,
+    name,
+    on_meshes,
+    problem,
+)
 
 from mtl_jax.layers.mlp import Mlp, SwiGlu
 from mtl_jax.layers.moe import grouped, grouped_matmul
 from mtl_jax.layers.moe.execution import Execution
-from mtl_jax.sharding import make_mesh
 
 LOCAL = [
     Execution("all_gather", "buffers"),
@@ -19,18 +27,30 @@ LOCAL = [
     Execution("all_gather", "sorted", "ragged_dot"),
     Execution("all_gather", "sorted", "megablox"),
 ]
-ACROSS = [Execution("all_to_all", "buffers"), Execution("all_to_all", "one_hot")]
-MESHES = [
-    {"data": 1, "expert": 8},
-    {"data": 2, "expert": 4},
-    {"data": 8, "expert": 1},
-    {"data": 1, "fsdp": 2, "expert": 2, "model": 2},
-]
-ROUTINGS = ["uneven", "empty", "one"]
-
-
-def name(how: Execution) -> str:
-    return "-".join(how)
+SHORT = {
+    LOCAL[0]: {
+        ("1x8", 8, DROPLESS, Mlp),
+        ("8x1", 16, LIMITED, SwiGlu),
+        ("2x2x2", 16, LIMITED, Mlp),
+    },
+    LOCAL[1]: {("1x8", 16, LIMITED, SwiGlu), ("2x4", 4, DROPLESS, Mlp)},
+    LOCAL[2]: {
+        ("1x8", 8, LIMITED, Mlp),
+        ("2x4", 8, DROPLESS, SwiGlu),
+        ("2x2x2", 2, LIMITED, Mlp),
+    },
+    LOCAL[3]: {("1x8", 16, DROPLESS, SwiGlu), ("8x1", 6, LIMITED, Mlp)},
+    LOCAL[4]: {("2x4", 8, DROPLESS, SwiGlu)},
+    Execution("all_to_all", "buffers"): {
+        ("1x8", 16, LIMITED, Mlp),
+        ("2x4", 8, LIMITED, SwiGlu),
+        ("2x2x2", 2, DROPLESS, Mlp),
+    },
+    Execution("all_to_all", "one_hot"): {
+        ("1x8", 8, DROPLESS, Mlp),
+        ("2x4", 8, LIMITED, SwiGlu),
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +59,10 @@ def _emulated_kernel(monkeypatch):
     monkeypatch.setattr(grouped_matmul, "megablox", emulated)
 
 
-@pytest.mark.parametrize("capacity", [6, TOKENS])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("capacity", [LIMITED, DROPLESS])
+@pytest.mark.parametrize(
+    "routing", [*ROUTINGS[:3], pytest.param("only", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("how", LOCAL, ids=name)
 def test_on_one_device(how, routing, capacity):
     *arguments, _ = problem(routing, 6, capacity)
@@ -48,33 +70,12 @@ def test_on_one_device(how, routing, capacity):
     assert_close(run(*arguments), expected(routing, 6, capacity))
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("how", [LOCAL[0], LOCAL[2], *ACROSS], ids=name)
-def test_on_a_mesh(how, routing, sizes):
-    # As many experts as devices, more, and fewer, each on some mesh.
-    num_experts = {8: 8, 4: 4, 1: 6, 2: 16}[sizes["expert"]]
-    *arguments, _ = problem(routing, num_experts, 6)
-    mesh = make_mesh(**sizes)
-    by_group = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
-    by_expert = NamedSharding(mesh, PartitionSpec("expert"))
-    arguments = jax.device_put(tuple(arguments), (by_expert, *(by_group,) * 3))
-    with jax.set_mesh(mesh):
-        result = layer(how, Mlp, 6, mesh)(*arguments)
-    assert_close(result, expected(routing, num_experts, 6))
-
-
-def test_emulated_kernels_on_a_mesh():
-    # One mesh and routing: the emulation takes seconds to compile.
-    how = Execution("all_gather", "sorted", "megablox")
-    test_on_a_mesh(how, "uneven", {"data": 2, "expert": 4})
-
-
-@pytest.mark.parametrize("how", LOCAL, ids=name)
-def test_gated_experts(how):
-    *arguments, _ = problem("uneven", 6, 6, SwiGlu)
-    run = layer(how, SwiGlu, 6, 1)
-    assert_close(run(*arguments), expected("uneven", 6, 6, SwiGlu))
+@pytest.mark.parametrize(
+    ("how", "mesh", "num_experts", "capacity", "kind", "routing"),
+    on_meshes(SHORT),
+)
+def test_on_a_mesh(how, mesh, num_experts, capacity, kind, routing):
+    assert_equals_oracle(how, mesh, num_experts, capacity, kind, routing)
 
 
 @pytest.mark.parametrize("num_rows", [3, 100, 4096])
