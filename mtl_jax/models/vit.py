@@ -63,7 +63,8 @@ class Block(nn.Module):
       moe: Makes the mixture of experts that replaces the MLP, or None.
       num_tasks: Number of routers of a layer, one a task; None for a shared one.
       attention: Makes the attention layer. One with a field ``num_tasks``, such as
-        `mtl_jax.layers.moe.MoeAttention`, is called with the task as ``moe`` is.
+        `mtl_jax.layers.moe.MoeAttention`, is called with task and condition as ``moe``
+        is.
       mlp: Makes the dense MLP.
       layer_scale: What the learned scale of each branch begins with; None for none.
       norm_epsilon: Added to variances by layer norms.
@@ -85,6 +86,7 @@ class Block(nn.Module):
         self,
         x: Float[Array, "batch tokens width"],
         task: Int[Array, ""] | None,
+        condition: Float[Array, "batch features"] | None,
         train: bool,
     ) -> Float[Array, "batch tokens width"]:
         """The block's output for the tokens of a batch."""
@@ -96,7 +98,7 @@ class Block(nn.Module):
             self.attention, self.num_heads, dtype=self.dtype, name="attention"
         )
         if routes(self.attention):
-            y = attention(num_tasks=self.num_tasks)(y, task, train=train)
+            y = attention(num_tasks=self.num_tasks)(y, task, condition, train=train)
         else:
             y = attention()(y)
         x = x + self._scaled("attention_scale", y)
@@ -105,7 +107,7 @@ class Block(nn.Module):
             y = self.mlp(self.hidden, dtype=self.dtype, name="mlp")(y)
         else:
             moe = self.moe(num_tasks=self.num_tasks, dtype=self.dtype, name="moe")
-            y = moe(y, task, train=train)
+            y = moe(y, task, condition, train=train)
         return x + self._scaled("mlp_scale", y)
 
     def _scaled(
@@ -139,11 +141,12 @@ class Blocks(nn.Module):
         self,
         x: Float[Array, "batch tokens width"],
         task: Int[Array, ""] | None,
+        condition: Float[Array, "batch features"] | None,
         task_vector: Float[Array, " width"] | None,
     ) -> tuple[Float[Array, "batch tokens width"], None]:
         """The last block's output, and nothing to stack."""
         return apply_blocks(
-            self.block, self.layers, x, task, task_vector, self.train
+            self.block, self.layers, x, task, condition, task_vector, self.train
         ), None
 
 
@@ -152,6 +155,7 @@ def apply_blocks(
     layers: Sequence[tuple[Maker | None, Maker]],
     x: Float[Array, "batch tokens width"],
     task: Int[Array, ""] | None,
+    condition: Float[Array, "batch features"] | None,
     task_vector: Float[Array, " width"] | None,
     train: bool,
 ) -> Float[Array, "batch tokens width"]:
@@ -162,12 +166,14 @@ def apply_blocks(
       layers: Likewise.
       x: Tokens.
       task: Index of the task whose routers to use.
+      condition: What routers of examples look at, or None.
       task_vector: What is added to all tokens before every block, or None.
       train: Whether routers are noisy.
     """
     for i, (moe, attention) in enumerate(layers):
         x = x if task_vector is None else x + task_vector[None, None]
-        x = block(moe=moe, attention=attention, name=f"block_{i}")(x, task, train)
+        made = block(moe=moe, attention=attention, name=f"block_{i}")
+        x = made(x, task, condition, train)
     return x
 
 
@@ -267,6 +273,7 @@ class VisionTransformer(nn.Module):
         self,
         images: Array,
         task: Int[Array, ""] | None = None,
+        condition: Float[Array, "batch features"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "batch rows columns features"]:
@@ -275,6 +282,8 @@ class VisionTransformer(nn.Module):
         Args:
           images: ``[batch, height, width, channels]``, bytes or floats in [-1, 1].
           task: Index of the task whose routers to use; needed with ``num_tasks``.
+          condition: A vector of each example, such as the embedding of a timestep, for
+            routers whose gate looks at it (`mtl_jax.layers.moe.gates.ConditionGate`).
           train: Whether routers are noisy.
 
         Returns:
@@ -282,10 +291,19 @@ class VisionTransformer(nn.Module):
           with an appended class token.
 
         Raises:
-          ValueError: If the task is missing, or the sizes do not fit.
+          ValueError: If the task is missing, if there is a condition but no layer of
+            experts that could look at it, or if the sizes do not fit.
         """
         if self.num_tasks is not None and task is None:
             raise ValueError("a trunk with a router a task needs the index of the task")
+        layers = layers_of_blocks(self.moe, self.attention, self.depth)
+        if condition is not None and not any(
+            moe is not None or routes(attention) for moe, attention in layers
+        ):
+            raise ValueError(
+                f"condition has shape {condition.shape}, but no block has experts that "
+                "are routed by it; leave it None, or give the trunk moe"
+            )
         x = self.embedding(
             self.width, self.patch_size, dtype=self.dtype, name="embedding"
         )(to_pixels(images, self.num_channels))
@@ -302,9 +320,9 @@ class VisionTransformer(nn.Module):
         )
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
-        # Whether to train (argument 3) decides what is traced: it stays a Python bool.
+        # Whether to train (argument 4) decides what is traced: it stays a Python bool.
         block = functools.partial(
-            nn.remat(Block, static_argnums=(3,)) if self.remat else Block,
+            nn.remat(Block, static_argnums=(4,)) if self.remat else Block,
             num_heads=self.num_heads,
             hidden=round(self.mlp_ratio * self.width),
             num_tasks=self.num_tasks,
@@ -313,12 +331,12 @@ class VisionTransformer(nn.Module):
             norm_epsilon=self.norm_epsilon,
             dtype=self.dtype,
         )
-        layers = layers_of_blocks(self.moe, self.attention, self.depth)
         task_vector = self._task_vector(task)
         if self.scan:
-            x, _ = self._scanned(block, layers, train)(x, task, task_vector)
+            scanned = self._scanned(block, layers, train)
+            x, _ = scanned(x, task, condition, task_vector)
         else:
-            x = apply_blocks(block, layers, x, task, task_vector, train)
+            x = apply_blocks(block, layers, x, task, condition, task_vector, train)
         if self.final_norm:
             x = norm(name="norm")(x)
         patches = x[:, len(extra) :].reshape(batch, rows, columns, self.width)
@@ -339,7 +357,7 @@ class VisionTransformer(nn.Module):
                 ("params", "losses", "statistics", "balance"), 0
             ),
             split_rngs={"params": True, "router": True},
-            in_axes=(nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+            in_axes=(nn.broadcast,) * 3,  # type: ignore[arg-type]
             length=self.depth // self.period,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

@@ -10,7 +10,10 @@ import pytest
 
 from mtl_jax.layers.attention import SelfAttention
 from mtl_jax.layers.moe import MoE, MoeAttention
+from mtl_jax.layers.moe.gates import ConditionGate
+from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.models import VisionTransformer
+from mtl_jax.models.multitask import layer_statistics
 
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
 TRUNK = functools.partial(
@@ -105,3 +108,62 @@ def test_the_vector_of_the_task_is_added_before_every_block():
     np.testing.assert_allclose(features[1] - features[0], difference, rtol=1e-5)
     with pytest.raises(ValueError, match="set num_tasks to the number of tasks"):
         shapes(TRUNK(task_embedding=True))
+
+
+BY_CONDITION = functools.partial(NoisyTopK, gate=ConditionGate, noise_std=0.0)
+
+
+@pytest.mark.parametrize("fields", [{"remat": True}, {"scan": True}])
+def test_every_layer_of_experts_routes_by_the_condition(fields):
+    trunk = TRUNK(
+        depth=2,
+        moe=(functools.partial(EXPERTS, router=BY_CONDITION),),
+        attention=functools.partial(HEADS, router=BY_CONDITION),
+        **fields,
+    )
+    rng = np.random.default_rng(3)
+    condition = rng.normal(size=(2, 5))
+    init = functools.partial(trunk.init, train=False)
+    made = nn.unbox(
+        jax.eval_shape(init, jax.random.key(1), IMAGES, None, jnp.float32(condition))
+    )
+    params = jax.tree.map(
+        lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), made["params"]
+    )
+
+    @jax.jit
+    def apply(params, condition):
+        _, sown = trunk.apply(
+            {"params": params}, IMAGES, None, condition, mutable=["statistics"]
+        )
+        return layer_statistics(sown["statistics"], trunk.period)
+
+    statistics = apply(params, jnp.float32(condition))
+    silu = condition / (1 + np.exp(-condition))
+    for i in range(2):
+        for layer in ("moe", "attention"):
+            block = params["blocks"]["block_0"] if trunk.scan else params[f"block_{i}"]
+            gate = block[layer]["router"]["gate"]
+            kernel, bias = (np.float64(gate[name]) for name in ("kernel", "bias"))
+            if trunk.scan:
+                kernel, bias = kernel[i], bias[i]
+            logits = silu @ kernel + bias
+            # All tokens of an example go to the two experts of largest logit.
+            chosen = np.argsort(-logits, axis=-1)[:, :2]
+            share = np.bincount(chosen.ravel(), minlength=4) / 4
+            name = f"block_{i}" if layer == "moe" else f"block_{i}_attention"
+            np.testing.assert_allclose(statistics[name]["load"], share, atol=1e-6)
+
+
+def test_conditions_that_do_not_fit_are_errors():
+    routed = functools.partial(HEADS, router=BY_CONDITION)
+
+    def shape(trunk, *condition):
+        jax.eval_shape(trunk.init, jax.random.key(1), IMAGES, None, *condition)
+
+    with pytest.raises(ValueError, match=r"condition has shape \(2, 5\), but no block"):
+        shape(TRUNK(), jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match=r"shape \(3, 5\), but x has a batch of 2"):
+        shape(TRUNK(attention=routed), jnp.ones((3, 5)))
+    with pytest.raises(ValueError, match="condition=None, but this gate routes by"):
+        shape(TRUNK(attention=routed))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from mtl_jax.layers.low_rank import LowRank
 from mtl_jax.layers.moe.checks import (
     check_capacity_factor,
+    check_condition,
     check_selected,
     check_tokens,
 )
@@ -69,6 +70,7 @@ class MoeAttention(nn.Module):
         self,
         x: Float[Array, "batch tokens width"],
         task: Int[Array, ""] | int | None = None,
+        condition: Float[Array, "batch features"] | None = None,
         *,
         train: bool,
     ) -> Float[Array, "batch tokens width"]:
@@ -78,16 +80,18 @@ class MoeAttention(nn.Module):
           x: Tokens of each example.
           task: Index of the task that the router routes for, possibly traced; None
             where there is a single router.
+          condition: What routers that do not look at tokens route each example by.
           train: Whether the router may be noisy, which takes the ``router`` key.
 
         Raises:
-          ValueError: If ``x`` has another shape; if there is no expert, or
-            ``num_heads`` is not in ``[1, num_experts]`` or, without a ``head_width``,
-            does not divide the width; if batch or experts do not divide over the mesh;
-            if ``capacity_factor`` is not finite or leaves no slot; if ``task`` does not
-            fit ``num_tasks``; or if the router fills buffers itself.
+          ValueError: If ``x`` or ``condition`` has another shape; if there is no
+            expert, or ``num_heads`` is not in ``[1, num_experts]`` or, without a
+            ``head_width``, does not divide the width; if batch or experts do not divide
+            over the mesh; if ``capacity_factor`` is not finite or leaves no slot; if
+            ``task`` does not fit ``num_tasks``; or if the router fills buffers itself.
         """
         check_tokens(x)
+        check_condition(condition, x.shape[0])
         check_selected("num_heads", self.num_heads, self.num_experts)
         check_capacity_factor(self.capacity_factor)
         batch, num_tokens, width = x.shape
@@ -99,7 +103,9 @@ class MoeAttention(nn.Module):
             num_tasks=self.num_tasks,
             name="router",
         )
-        routing = router(x, task, None, train=train)
+        if condition is not None:
+            condition = jnp.repeat(condition[:, None], num_tokens, axis=1)
+        routing = router(x, task, condition, train=train)
         if not isinstance(routing, Routing):
             raise ValueError(
                 "router: attention needs one by which tokens choose experts, and this "
