@@ -71,12 +71,13 @@ def test_an_empty_project(mistake):
     assert "--wandb is empty" in mistake("earth_digits", "--wandb", "")
 
 
-def test_steps_that_are_done_already(tmp_path):
+def test_a_run_that_has_done_the_steps_already_goes_on_untraced(tmp_path, capsys):
     (tmp_path / "checkpoints" / "40").mkdir(parents=True)
-    message = "continues from step 40: START must be at least 41"
-    with pytest.raises(ValueError, match=message):
-        check_profile("40:50", 100, tmp_path)
     check_profile("41:101", 100, tmp_path)
+    assert capsys.readouterr().err == ""
+    check_profile("40:50", 100, tmp_path)
+    message = "no trace: --profile is 40:50, and the run continues from step 40\n"
+    assert capsys.readouterr().err == message
     with pytest.raises(ValueError, match="STOP must be at most 101"):
         check_profile("41:102", 100, tmp_path)
     # A finished run is not trained again, whatever is asked for.

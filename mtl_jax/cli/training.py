@@ -89,6 +89,7 @@ def _train(options: argparse.Namespace) -> None:
             user_errors((train.RunFolderError, OSError)),
             storage_is_quiet(),
             train.StopSignals() as signals,
+            train.locked(workdir),
         ):
             if saved is not None and distributed.is_main():
                 _tell_of_mesh(saved.get("mesh"), document["mesh"])
@@ -153,10 +154,17 @@ def _check_debug_nans(options: argparse.Namespace) -> None:
 
 def _with_command(fault: Any) -> str:
     """What stopped a run, with what leads there again, which is saved too."""
+    from mtl_jax.sharding import distributed
+
     if fault.reproducer is None:
         return str(fault)
-    command = shlex.join(["mtl-jax", *sys.argv[1:], "--debug-nans"])
-    (fault.reproducer / "command.txt").write_text(command + "\n")
+    # The first NaN is looked for in a single process.
+    several = argparse.ArgumentParser(add_help=False)
+    add_processes(several)
+    _, others = several.parse_known_args(sys.argv[1:])
+    command = shlex.join(["mtl-jax", *others, "--debug-nans"])
+    if distributed.is_main():
+        (fault.reproducer / "command.txt").write_text(command + "\n")
     return f"{fault}; this goes there again and names the operation: {command}"
 
 

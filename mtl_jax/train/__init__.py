@@ -4,6 +4,7 @@ from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.export import export_task, write_export
 from mtl_jax.train.fault_log import NumericalFaultError
 from mtl_jax.train.initialize import check_initialize
+from mtl_jax.train.lock import locked
 from mtl_jax.train.loop import evaluate_run, restore_run, train
 from mtl_jax.train.optimizer import adamw, sgd
 from mtl_jax.train.program import Program, build_program
@@ -29,6 +30,7 @@ __all__ = [
     "check_initialize",
     "evaluate_run",
     "export_task",
+    "locked",
     "restore_run",
     "sgd",
     "train",

@@ -172,7 +172,7 @@ def test_an_evaluation_cut_short_is_made_up_for(
 )
 def test_a_damaged_note_of_an_evaluation_is_named(program, tmp_path, content):
     (tmp_path / loop.UNEVALUATED).write_text(content)
-    with pytest.raises(RunFolderError, match="unevaluated.json is damaged"):
+    with pytest.raises(RunFolderError, match=r"unevaluated\.json is damaged"):
         train(program, RunFolder(tmp_path), "small")
 
 
