@@ -183,7 +183,11 @@ def test_experts_without_room_add_nothing():
 
 @pytest.mark.parametrize(
     ("how", "sizes"),
-    [(SORTED, {"data": 2, "expert": 4}), (EXCHANGED, {"expert": 8})],
+    [
+        (SORTED, {"data": 2, "expert": 4}),
+        (EXCHANGED, {"expert": 8}),
+        (SORTED, {"data": 8, "expert": 1}),
+    ],
     ids=str,
 )
 def test_on_a_mesh(how, sizes):
@@ -200,7 +204,9 @@ def test_on_a_mesh(how, sizes):
     assert_as_expected(result, capacity)
     gradients = result[1][0]
     for kernel in ("down", "up"):
-        assert gradients["experts"][kernel]["kernel"].sharding.spec[0] == "expert"
+        gradient = gradients["experts"][kernel]["kernel"]
+        here = gradient.sharding.shard_shape(gradient.shape)
+        assert here == (EXPERTS // sizes["expert"], *gradient.shape[1:])
 
 
 @pytest.mark.parametrize(
