@@ -51,6 +51,11 @@ def forward(variables, x, task):
     )
 
 
+def confident_first(variables, x):
+    router = functools.partial(MODULE.router, noise_std=0.0, batch_priority=True)
+    return MODULE.clone(router=router).apply(variables, x, 1, train=True)
+
+
 def loss(variables, x, task):
     y, state = forward(variables, x, task)
     return jnp.mean(y**2) + state["losses"]["auxiliary"], state["statistics"]
@@ -153,6 +158,22 @@ def test_loss_and_gradients_agree_with_one_device(sizes, reference):
 def test_checkpointed_layer_agrees(reference):
     result, _ = run(checkpointed, expert=4)
     assert_close(result, reference)
+
+
+def test_confident_tokens_take_the_same_slots():
+    expected = on_one_device(confident_first)
+    result, _ = run(confident_first, data=2, expert=4)
+    assert_close(result, expected)
+    # Rows of zeros found their experts full, but never the four most confident of an
+    # expert's first choices: ceil(0.8 · 2 · 16 / 8) is its capacity.
+    kernel = variables()["params"]["router"]["gate"]["kernel"][1]
+    gates = np.asarray(jax.nn.softmax(inputs() @ kernel)).reshape(8, 16, 8)
+    refused = ~np.any(np.asarray(expected), axis=-1).reshape(8, 16)
+    assert refused.any()
+    for group, expert in np.ndindex(8, 8):
+        first = np.flatnonzero(np.argmax(gates[group], axis=-1) == expert)
+        most = first[np.argsort(-gates[group, first, expert])][:4]
+        assert not refused[group, most].any()
 
 
 @functools.cache
