@@ -302,8 +302,8 @@ def _config_of_task(
 def _state_of(program: Program, small: Extracted, old: TrainState) -> TrainState:
     """The state of the new run, at the step at which the old one was."""
     collections = jax.device_put(small.collections, program.replicated)
-    with program.scope():
-        state = program.init_state()
+    # A batch of one is initialised on, which a mesh of several devices cannot split.
+    state = program.init_state()
     return dataclasses.replace(state, step=old.step, collections=collections)
 
 

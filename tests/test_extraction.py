@@ -1,17 +1,25 @@
-"""What extraction refuses and counts. That it works is in docs/mod_squad.md."""
+"""What extraction refuses and counts, and that a task keeps its metrics.
+
+The command is run in docs/mod_squad.md, too.
+"""
 
 import functools
+import json
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
+from mtl_jax import configuration, train
 from mtl_jax.extraction import extract_run, format_extraction, forward_flops
 from mtl_jax.layers.heads import Classification
 from mtl_jax.layers.moe import MoE
 from mtl_jax.models import MultitaskModel, VisionTransformer
+from mtl_jax.train.evaluate import make_evaluate
 
 TRUNK = VisionTransformer(width=8, depth=2, num_heads=2, patch_size=4, mlp_ratio=2)
 EXPERTS = functools.partial(
@@ -80,3 +88,51 @@ def test_the_table():
         ["accuracy", "0.5000", "0.5000"],
         ["experts", "of", "block_1", "4", "3"],
     ]
+
+
+def opened(folder):
+    """The program of a run, and its state at the last checkpoint."""
+    config = configuration.from_document(folder.read_json("config.json"))
+    program = train.build_program(configuration.build(config))
+    return program, train.restore_run(program, folder, None)
+
+
+@pytest.mark.slow
+def test_a_task_keeps_its_metrics_with_the_experts_that_it_uses(tmp_path):
+    """On 8 devices, of a run of two steps that move the bias of the router.
+
+    Sizes by hand, of width 8: an expert has (8 + 1)·16 + (16 + 1)·8 = 280 parameters,
+    a task's column of the gate 8 for each expert and its head (8 + 1)·10 = 90. Of an
+    image's 4 tokens the gate makes 2·8·4 = 64 FLOPs for each expert, and each has a
+    buffer of at least one row of 2·2·8·16 = 512.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        config = configuration.load_config(
+            str(Path(__file__).with_name("extraction_config.py"))
+        )
+        whole = train.RunFolder(tmp_path / "whole")
+        whole.write_json("config.json", configuration.to_document(config, "tests"))
+        train.train(train.build_program(configuration.build(config)), whole, "tests")
+        program, state = opened(whole)
+        report = extract_run(program, state, whole, "right", tmp_path / "right", 0.0)
+        small = train.RunFolder(tmp_path / "right")
+        small_program, small_state = opened(small)
+        metrics = make_evaluate(small_program)(small_state.variables, None)
+
+    last = json.loads((whole.path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2
+    # Far from what it is where all logits are the same.
+    assert abs(last["right/test_loss"] - np.log(10)) > 0.01
+    expected = {"loss": last["right/test_loss"], "accuracy": last["right/accuracy"]}
+    for found in (report["before"], report["after"], {"metrics": metrics["right"]}):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found["metrics"][name], value, rtol=1e-5)
+
+    left_out = 24 - len(report["kept"]["block_0"])
+    assert left_out > 4
+    used = np.array(report["usage"]["block_0"])
+    np.testing.assert_array_equal(report["kept"]["block_0"], np.flatnonzero(used))
+    before, after = report["before"], report["after"]
+    fewer = left_out * (280 + 8) + 24 * 8 + 90
+    assert before["parameters"] - after["parameters"] == fewer
+    assert before["flops"] - after["flops"] == left_out * (64 + 512)
