@@ -70,6 +70,10 @@ def _train(options: argparse.Namespace) -> None:
         if initialize is not None and not (workdir / "config.json").exists():
             train.check_initialize(initialize, program.abstract_params())
         check_profile(options.profile, experiment.num_steps, workdir)
+        fallback = None
+        if options.fallback_dir is not None and not (workdir / "result.json").exists():
+            train.check_fallback(options.fallback_dir, workdir)
+            fallback = train.Fallback(options.fallback_dir, document)
         # Made only now: a mistake leaves no folder behind.
         folder = train.RunFolder(workdir, writes=distributed.is_main())
         saved = folder.read_json("config.json")
@@ -78,10 +82,6 @@ def _train(options: argparse.Namespace) -> None:
         result = folder.read_json("result.json")
         distributed.check_same([document, saved, result])
         distributed.check_shared(workdir)
-        fallback = None
-        if options.fallback_dir is not None and result is None:
-            train.check_fallback(options.fallback_dir, workdir)
-            fallback = train.Fallback(options.fallback_dir, document)
     if result is None:
         stopped_by, fault = 0, None
         with (

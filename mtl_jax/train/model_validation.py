@@ -14,6 +14,9 @@ from mtl_jax.models.multitask import repeat
 from mtl_jax.tasks.task import Task
 from mtl_jax.train.experiment import Experiment
 
+UNROLLED = 256
+"""Blocks that may be compiled one by one: large models have at most half of it."""
+
 
 def check_kind(path: str, value: Any, kind: type) -> None:
     """Raises ValueError unless ``value``, the field at ``path``, is of that kind."""
@@ -51,6 +54,12 @@ def check_trunk(experiment: Experiment) -> None:
     names = ("width", "num_heads", "patch_size", "mlp_ratio", "num_channels")
     _check_sizes("trunk", trunk, names)
     _check_sizes("trunk", trunk, ("depth",), most=1000)
+    depth = getattr(trunk, "depth", 0)
+    if isinstance(depth, int) and depth > UNROLLED and not getattr(trunk, "scan", True):
+        raise ValueError(
+            f"trunk.depth is {depth}, and without a scan each block is compiled by "
+            f"itself, which takes hours for more than {UNROLLED}; set trunk.scan=True"
+        )
     _check_dtype("trunk", trunk)
     for task in experiment.tasks:
         path = f"tasks.{task.name}.head"

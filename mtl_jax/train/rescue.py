@@ -47,32 +47,40 @@ def check_fallback(path: Path, run: Path) -> None:
     Of several processes, one that cannot write must not save alone.
 
     Args:
-      path: The folder; made if absent.
-      run: The run's own.
+      path: The folder; one that is absent is made, and removed again.
+      run: The run's own, which need not be there yet.
 
     Raises:
-      RunFolderError: If there are several processes; or it is in the run's own, is not
-        empty, or cannot be written.
+      RunFolderError: If there are several processes; or one of the two is in the other,
+        the folder is not empty, or it cannot be written.
     """
     if jax.process_count() > 1:
         raise RunFolderError(
             f"--fallback-dir is {path}, but there are {jax.process_count()} processes; "
             "leave it out, as only a run of a single process can be saved elsewhere"
         )
-    here, there = path.resolve(), run.resolve()
-    if here == there or there in here.parents:
+    there, own = path.resolve(), run.resolve()
+    if there == own or own in there.parents:
         raise RunFolderError(
             f"--fallback-dir is {path}, which is in the run folder {run}; choose one "
             "outside, best on another disk"
+        )
+    if there in own.parents:
+        raise RunFolderError(
+            f"--fallback-dir is {path}, which the run folder {run} is in; choose one "
+            "beside it, best on another disk"
         )
     if (path / "config.json").exists():
         raise RunFolderError(
             f"--fallback-dir is {path}, which holds a run; continue that by --workdir "
             f"{path}, or choose another"
         )
+    absent = not path.exists()
     try:
         RunFolder(path)
         empty = not any(path.iterdir())
+        if absent:
+            path.rmdir()
     except (OSError, RunFolderError) as error:
         cause = error.__cause__ or error
         raise RunFolderError(

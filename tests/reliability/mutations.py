@@ -3,6 +3,7 @@
 import json
 
 from hypothesis import strategies as st
+from mutated_logs import watching
 
 from mtl_jax import configuration
 from mtl_jax.configuration.fields import leaves
@@ -162,6 +163,21 @@ flags = st.one_of(
             ),
         ]
     )
+)
+
+# Who follows a run, and what becomes of it. One that is right sends nothing anywhere.
+followers = st.sampled_from(
+    [
+        *(["--debug-nans"], ["--tensorboard"], ["--profile", "1:2"]),
+        *(
+            ["--profile", text]
+            for text in ("", "1", "0:1", "1:1", "2:1", "x:y", "1:2:3")
+        ),
+        *(["--profile", "2:3"], ["--profile", "1:" + "9" * 40], ["--profile=-1:2"]),
+        *(["--profile"], ["--tensorboard", "x"], ["--debug-nans=1"]),
+        *(["--wandb"], ["--wandb", ""], ["--wandb", "\n"]),
+        *(["--fallback-dir", text] for text in ("taken", "a\0b", ".", "", "x" * 300)),
+    ]
 )
 
 configs = st.sampled_from(
@@ -437,6 +453,8 @@ def commands(draw):
     Returns:
       The arguments, and file name -> content.
     """
+    if draw(st.integers(0, 9)) == 0:
+        return draw(watching())
     command = draw(st.sampled_from(["train", "train", "train", "show"]))
     kind = draw(st.integers(0, 9))
     extra, content = [], {}
@@ -447,9 +465,11 @@ def commands(draw):
             extra += ["--set", assignment]
         if draw(st.integers(0, 7)) == 0:
             extra += draw(flags)
+        if draw(st.integers(0, 7)) == 0:
+            extra += draw(followers)
     elif kind == 6:
         config = draw(st.one_of(st.just(f"{CONFIG}:dense"), configs))
-        for more in draw(st.lists(flags, min_size=1, max_size=2)):
+        for more in draw(st.lists(flags | followers, min_size=1, max_size=2)):
             extra += more
     elif kind == 7:
         config = "saved/config.json"

@@ -294,7 +294,11 @@ def test_places_that_are_no_fallback(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=r"cannot be written \(Not a directory\)"):
         check_fallback(tmp_path / "file" / "inside", run)
+    with pytest.raises(RunFolderError, match=r"which the run folder .* is in; choose"):
+        check_fallback(tmp_path, run)
     check_fallback(other, run)
+    check_fallback(tmp_path / "absent", run)
+    assert not (tmp_path / "absent").exists()
     (other / "notes").write_text("")
     with pytest.raises(RunFolderError, match="is not empty; choose another"):
         check_fallback(other, run)
