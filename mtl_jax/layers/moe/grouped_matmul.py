@@ -42,7 +42,7 @@ def megablox(
       interpret: Whether to emulate it on another platform.
     """
     num_rows = rows.shape[0]
-    tile = min(TILE, num_rows)
+    tile = _row_tile(num_rows, count.size)
     rows = jnp.pad(rows, ((0, -num_rows % tile), (0, 0)))
     # Rows behind the last expert's go to it, so that all groups add up to all rows.
     count = count.at[-1].add(rows.shape[0] - jnp.sum(count))
@@ -70,7 +70,7 @@ def _megablox_backward(interpret, residuals, cotangent):
             cotangent,
             count,
             kernel.dtype,
-            _tiling(rows, kernel.shape[2]),
+            _tiling(rows, kernel.shape[2], count.size),
             interpret=interpret,
         )
     return rows_gradient, kernel_gradient, None
@@ -87,15 +87,25 @@ def _gmm(rows, kernel, count, *, transpose_rhs: bool = False, interpret: bool):
             kernel,
             count,
             rows.dtype,
-            _tiling(rows, features),
+            _tiling(rows, features, count.size),
             transpose_rhs=transpose_rhs,
             interpret=interpret,
         )
 
 
-def _tiling(rows: Array, features: int) -> tuple[int, int, int]:
+def _tiling(rows: Array, features: int, num_experts: int) -> tuple[int, int, int]:
     num_rows, width = rows.shape
-    return min(TILE, num_rows), min(TILE, width), min(TILE, features)
+    return _row_tile(num_rows, num_experts), min(TILE, width), min(TILE, features)
+
+
+def _row_tile(num_rows: int, num_experts: int) -> int:
+    """Rows of a tile: half as many where experts have few.
+
+    A tile is multiplied once for each expert that has rows in it, and the last one is
+    filled up. Yet smaller ones would wait for kernels, which come anew for every tile.
+    """
+    tile = TILE if num_rows >= TILE * num_experts else TILE // 2
+    return min(tile, num_rows)
 
 
 @contextlib.contextmanager
