@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from small import experiment
+from steps import go_on, run
 
 from mtl_jax import optim
 from mtl_jax.data import training_batches
@@ -16,29 +17,6 @@ from mtl_jax.train import MeshShape, build_program
 from mtl_jax.train import program as program_module
 from mtl_jax.train.gradients import at_params
 from mtl_jax.train.program import count_parameters
-
-
-def run(chosen, devices, num_steps):
-    """Losses of the first steps, and the last state."""
-    program = build_program(chosen, devices)
-    step, _ = program.compile_step()
-    return go_on(program, step, num_steps)
-
-
-def go_on(program, step, num_steps):
-    """Losses of the first steps, and the last state."""
-    chosen, state = program.experiment, program.init_state()
-    batches = training_batches(
-        chosen.mixture,
-        {task.name: task.field for task in chosen.tasks},
-        chosen.seed,
-        multiple_of=8,
-    )
-    losses = []
-    for _ in range(num_steps):
-        state, metrics = step(state, program.place(next(batches)))
-        losses.append([float(metrics[f"{t.name}/loss"]) for t in chosen.tasks])
-    return np.array(losses), jax.device_get(state.params)
 
 
 @functools.cache
