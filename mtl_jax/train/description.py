@@ -1,6 +1,7 @@
 """What a checkpoint says of the run that wrote it, and how another run differs."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,9 +88,15 @@ def array_types(state: PyTree) -> dict[str, str]:
     types = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
+            leaf = _numbers_of(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
         types[path_name(path)] = f"{jnp.dtype(leaf.dtype)} {tuple(leaf.shape)}"
     return types
+
+
+@functools.cache
+def _numbers_of(key: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    # JAX keeps something of every call, and a run saves for weeks.
+    return jax.eval_shape(jax.random.key_data, key)
 
 
 def array_differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -238,6 +239,8 @@ def _start_or_continue(
         rows=program.local_rows,
     )
     latest, state = checkpoints.restore_newest(program.fresh_state) or (None, None)
+    if latest is None:
+        _check_that_it_is_new(folder, experiment.checkpoint_every)
     logged = folder.truncate(METRICS, latest or 0)
     lines = folder.truncate(TIMINGS, latest or 0)
     folder.truncate(SPIKES, latest or 0)
@@ -260,6 +263,18 @@ def _start_or_continue(
         return program.init_state(), batches, timings, faults, None
     checkpoints.restore_data(latest, batches)
     return state, batches, timings, faults, unevaluated
+
+
+def _check_that_it_is_new(folder: RunFolder, checkpoint_every: int) -> None:
+    """Refuses to begin anew where checkpoints must have been, and are not."""
+    lines = folder.truncate(METRICS, sys.maxsize)
+    # A save waits for the one before: the first is complete after two of them.
+    if lines and lines[-1]["step"] > 2 * checkpoint_every:
+        raise RunFolderError(
+            f"{folder.path / METRICS} goes up to step {lines[-1]['step']}, but there "
+            f"is no checkpoint in {folder.path / CHECKPOINTS}: put them back, or "
+            "choose another --workdir to begin anew"
+        )
 
 
 def _read_unevaluated(folder: RunFolder) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -6,7 +7,14 @@ import pytest
 from small import experiment
 
 from mtl_jax import optim
-from mtl_jax.train import RunFolder, build_program, evaluate_run, loop, train
+from mtl_jax.train import (
+    RunFolder,
+    RunFolderError,
+    build_program,
+    evaluate_run,
+    loop,
+    train,
+)
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.progress import ProgressDisplay
 
@@ -87,6 +95,19 @@ def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypat
     seconds = sum(line["seconds_per_step"] for line in timings[1:])
     speed = continued["cost"]["examples_per_second"]
     np.testing.assert_allclose(speed, 5 * 16 / seconds)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(program, whole, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(whole[0].path, copy)
+    shutil.rmtree(copy / loop.CHECKPOINTS)
+    (copy / loop.RESULT).unlink()
+    before = (copy / loop.METRICS).read_bytes()
+    with pytest.raises(
+        RunFolderError, match=r"metrics.jsonl goes up to step 6, but there is no check"
+    ):
+        train(program, RunFolder(copy), "small")
+    assert (copy / loop.METRICS).read_bytes() == before
 
 
 def test_metrics_are_flat_and_complete(whole):
