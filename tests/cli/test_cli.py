@@ -96,11 +96,17 @@ def test_a_fallback_that_is_none(run_folder, mistake, empty_folder):
     ("name", "content", "expected"),
     [
         ("metrics.jsonl", '{"ste\n', "line 1 of copy/metrics.jsonl is damaged"),
-        ("timings.jsonl", '{"step": 1}\n', "step 1 in timings.jsonl is damaged"),
-        (
+        pytest.param(
+            "timings.jsonl",
+            '{"step": 1}\n',
+            "step 1 in timings.jsonl is damaged",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "checkpoints/2/state/_METADATA",
             "{",
             "checkpoint copy/checkpoints/2 is damag",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -273,7 +279,13 @@ def test_eval_of_a_checkpoint_of_another_config(run_folder, mistake, empty_folde
     assert re.search(r"and \d+ more differ; use the config that it was trained", error)
 
 
-@pytest.mark.parametrize("damage", [os.remove, lambda file: os.truncate(file, 100)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(os.remove, marks=pytest.mark.slow),
+        lambda file: os.truncate(file, 100),
+    ],
+)
 def test_eval_of_a_damaged_checkpoint(run_folder, empty_folder, damage):
     copy = Path(shutil.copytree(run_folder, empty_folder / "copy"))
     for file in (copy / "checkpoints" / "4" / "state").glob("**/d/*"):

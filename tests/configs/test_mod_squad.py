@@ -47,7 +47,9 @@ def test_parameters_are_those_of_the_released_code(variant, millions):
     assert round(theirs / 1e6, 2) == millions
 
 
-@pytest.mark.parametrize("variant", ["main", "small"])
+@pytest.mark.parametrize(
+    "variant", ["main", pytest.param("small", marks=pytest.mark.slow)]
+)
 def test_it_runs(variant):
     config = configuration.load_config(f"mod_squad:{variant}", smoke=True)
     experiment = configuration.build(config)

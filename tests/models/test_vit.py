@@ -331,7 +331,7 @@ def test_what_is_learned_at_tokens_has_logical_axes():
     assert scale.value.tolist() == [0.5] * 8
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_scanned_blocks_compute_what_others_do(remat):
     plain = TRUNK(depth=4, moe=EXPERTS, num_tasks=3)
     scanned = plain.clone(scan=True, remat=remat)

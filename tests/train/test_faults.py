@@ -302,6 +302,7 @@ def test_spikes_by_brute_force():
     assert (220, 1) not in found
 
 
+@pytest.mark.slow
 def test_the_first_nan_is_named_with_its_line():
     program, _, batch = setup("surgery")
     compiled = setup("surgery")[1]

@@ -145,7 +145,13 @@ def test_sum_at_features_is_the_gradient_of_the_summed_loss():
     assert np.all(np.diag(gramian) > 0)
 
 
-@pytest.mark.parametrize("num_routers", [4, None], ids=["router a task", "shared"])
+@pytest.mark.parametrize(
+    "num_routers",
+    [
+        pytest.param(4, id="router a task"),
+        pytest.param(None, id="shared", marks=pytest.mark.slow),
+    ],
+)
 def test_balanced_losses_are_weighed_in_trunk_and_heads(num_routers):
     objective, params, batch = setup(num_routers=num_routers)
     weights = jnp.array([2.0, 0.5, 1.0, 3.0])
@@ -228,6 +234,7 @@ def test_the_loss_over_all_tasks_reaches_every_router():
     np.testing.assert_allclose(difference, 2.0 * total, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_what_every_pass_changes_in_a_collection_adds_up():
     chosen = experiment(num_routers=None)
     loss_free = functools.partial(chosen.trunk.moe, router=LossFree)

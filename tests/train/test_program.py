@@ -220,6 +220,7 @@ def test_a_single_device_needs_no_other_config():
     assert set(program.mesh.shape.values()) == {1}
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_parameters():
     def kernel(seed):
         program = build_program(experiment(num_experts=0, seed=seed), jax.devices()[:1])
@@ -268,6 +269,7 @@ def test_clipping_in_place_of_an_aggregator_is_refused():
         build_program(chosen, jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_memory_of_rows_is_sharded_like_the_parameters():
     """By name: whole, and where parameters are grouped."""
 
