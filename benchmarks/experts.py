@@ -26,7 +26,8 @@ PAGE = """# Results: experts
 Written by `python benchmarks/experts.py`: the main job, `earth_digits`, with 4, 8 and
 16 experts, with a router a task and with one router, and with dense MLPs instead, at
 equal active FLOPs of a token. Seeds: {seeds}. Headline metric of each task on held-out
-data, mean ± standard deviation.
+data, mean ± standard deviation. `router a task, 8` is the main job itself, of which
+[another page](results.md) has three further runs.
 
 {scores}
 

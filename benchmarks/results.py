@@ -24,7 +24,8 @@ Written by `python benchmarks/results.py`. Every number is from held-out data: E
 tiles from blocks of the globe that touch no training tile, and digits that are in no
 training image. Mean ± standard deviation over seeds: {multitask_seeds} of the main job,
 {alone_seeds} of the single-task runs. Which method of surgery, balancing or sharpness
-helps is measured on smaller networks, in [the results of methods](results_methods.md).
+helps is measured on smaller networks, in [the results of methods](results_methods.md);
+how many experts, and routed by what, in [the results of experts](results_experts.md).
 
 ## The main job
 
