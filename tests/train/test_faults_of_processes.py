@@ -1,15 +1,12 @@
 """Faults that two processes of four devices meet, against one of eight."""
 
 import json
-import os
-import subprocess
-import sys
 
 import faulty_of_several
 import numpy as np
 import pytest
 from faulty_of_several import run_both
-from test_processes import ROOT, SECONDS, free_port
+from test_processes import SECONDS, both_of
 
 from mtl_jax.train import faults, loop
 from mtl_jax.train.program import Program
@@ -19,22 +16,8 @@ WORKER = faulty_of_several.__file__
 
 def in_two_processes(folder):
     """What each of two processes prints at last."""
-    coordinator = f"127.0.0.1:{free_port()}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, WORKER, coordinator, "2", str(i), folder],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
-        )
-        for i in range(2)
-    ]
-    try:
+    with both_of(folder, worker=WORKER) as both:
         outputs = [process.communicate(timeout=SECONDS)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
     assert [process.returncode for process in both] == [0, 0], outputs
     return [output.splitlines()[-1] for output in outputs]
 

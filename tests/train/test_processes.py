@@ -37,12 +37,12 @@ def free_port():
 
 
 @contextlib.contextmanager
-def both_of(*folders):
+def both_of(*folders, worker=WORKER):
     """Two processes."""
     coordinator = f"127.0.0.1:{free_port()}"
     both = [
         subprocess.Popen(
-            [sys.executable, WORKER, coordinator, "2", str(i), *map(str, folders)],
+            [sys.executable, worker, coordinator, "2", str(i), *map(str, folders)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
