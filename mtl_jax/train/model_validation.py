@@ -58,7 +58,7 @@ def check_trunk(experiment: Experiment) -> None:
     if isinstance(depth, int) and depth > UNROLLED and not getattr(trunk, "scan", True):
         raise ValueError(
             f"trunk.depth is {depth}, and without a scan each block is compiled by "
-            f"itself, which takes hours for more than {UNROLLED}; set trunk.scan=True"
+            f"itself; more than {UNROLLED} take too long, so set trunk.scan=True"
         )
     _check_dtype("trunk", trunk)
     for task in experiment.tasks:
