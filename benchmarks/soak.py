@@ -79,8 +79,8 @@ def watch(folder: Path, num_steps: int) -> list[Sample]:
         )
         while process.poll() is None:
             time.sleep(SECONDS_BETWEEN)
-            # Files come and go while they are counted; an ended process has no memory.
-            with contextlib.suppress(FileNotFoundError, KeyError):
+            # Files come and go while they are counted.
+            with contextlib.suppress(FileNotFoundError):
                 samples.append(look(process.pid, run, errors))
     if process.returncode:
         sys.exit(
@@ -99,7 +99,8 @@ def look(pid: int, run: Path, errors: Path) -> Sample:
     files = [path for path in (run / "checkpoints").rglob("*") if path.is_file()]
     return Sample(
         step=beat["step"] or 0,
-        resident_megabytes=int(status["VmRSS"].split()[0]) / 1024,
+        # A process that has just ended has no memory.
+        resident_megabytes=int(status.get("VmRSS", "0 kB").split()[0]) / 1024,
         open_files=len(os.listdir(f"/proc/{pid}/fd")),
         threads=int(status["Threads"]),
         checkpoints=sum(p.name.isdecimal() for p in (run / "checkpoints").iterdir()),
