@@ -74,7 +74,7 @@ def test_an_unknown_variant_lists_the_known(mistake):
         ("trunk.width=1000000000000", "it must be at least 1 and at most"),
         ("trunk.depth=0", "trunk.depth is 0; it must be at least 1"),
         ("trunk.depth=100000", "trunk.depth is 100000; it must be"),
-        ("trunk.depth=1000", "for more than 256; set trunk.scan=True"),
+        ("trunk.depth=1000", "more than 256 take too long, so set trunk.scan=True"),
         ("trunk.num_heads=-1", "trunk.num_heads is -1"),
         ("trunk.num_heads=5", "num_heads=5 does not divide the width 24"),
         ("trunk.patch_size=0", "trunk.patch_size is 0"),
