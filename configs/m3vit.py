@@ -48,6 +48,7 @@ from mtl_jax.layers.mlp import Mlp, exact_gelu
 from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.gates import TaskConditionedGate
 from mtl_jax.layers.moe.routers import M3ViT
+from mtl_jax.layers.moe.routers.m3vit import released_init
 from mtl_jax.models import VisionTransformer
 from mtl_jax.sharding import Rules
 from mtl_jax.tasks import (
@@ -149,7 +150,9 @@ def main() -> fdl.Config:
 def task_conditioned() -> fdl.Config:
     """One router for all tasks, which sees the token and an embedding of the task."""
     config = main()
-    config.trunk.moe.router.gate = fdl.Partial(TaskConditionedGate, as_released=True)
+    config.trunk.moe.router.gate = fdl.Partial(
+        TaskConditionedGate, as_released=True, kernel_init=released_init
+    )
     return config
 
 

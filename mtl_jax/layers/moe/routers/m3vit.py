@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
 
 from mtl_jax.layers.moe.gates import Gate, MakeGate
 from mtl_jax.layers.moe.routing import Routing, at_selected, largest, weighted_sum
@@ -60,6 +61,26 @@ def _squared_variation(
     return variance / (jnp.square(jnp.mean(amounts, axis=-1)) + 1e-10)
 
 
+def released_init(
+    key: Key[Array, ""], shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "inputs experts"]:
+    """Initial values of a gate's kernel in the released code.
+
+    They are uniform up to one over the square root of the number of experts: PyTorch's
+    Kaiming-uniform, which takes the experts for the inputs.
+
+    Args:
+      key: Random key.
+      shape: Numbers of inputs and of experts.
+      dtype: Dtype of the values.
+
+    Returns:
+      The values.
+    """
+    scaling = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+    return scaling(key, shape, dtype)
+
+
 class M3ViT(nn.Module):
     """The router of M³ViT's released code; see `m3vit`.
 
@@ -70,17 +91,15 @@ class M3ViT(nn.Module):
       num_experts: Number of experts.
       num_selected: Experts a token goes to.
       num_tasks: Number of tasks the gate tells apart, or None.
-      gate: Makes the gate. The initial values are those of the released code: uniform
-        up to one over the square root of the number of experts.
+      gate: Makes the gate. There is no noise that would tell equal logits apart, so
+        zeros are no initial value for it; the released ones are `released_init`.
       balance_weight: Weight of the balancing losses.
     """
 
     num_experts: int
     num_selected: int
     num_tasks: int | None = None
-    gate: MakeGate = functools.partial(
-        Gate, kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
-    )
+    gate: MakeGate = functools.partial(Gate, kernel_init=released_init)
     balance_weight: float = 0.01
 
     @nn.compact
