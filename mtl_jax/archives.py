@@ -5,6 +5,7 @@ Python objects, which run code when they are read, are refused; and arrays take 
 memory than such a file can hold in earnest, however small it is packed.
 """
 
+import io
 import math
 import zipfile
 from collections.abc import Collection
@@ -18,6 +19,12 @@ SMALL_BYTES = 64 * 2**20
 
 MAX_RATIO = 20
 """Those of larger files take so many times the bytes of the file at most."""
+
+MAX_HEADER = 64 * 2**10
+"""Bytes of the longest header: NumPy reads all that one claims before it looks."""
+
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""How NumPy packs. Of other methods, ``zipfile`` unpacks at once all that it reads."""
 
 
 def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -76,15 +83,21 @@ def _check_size(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> Non
 
 def _check_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
     """Bytes of an array, by its header and by the size of its entry alike."""
+    if entry.compress_type not in METHODS:
+        raise ValueError(f"{entry.filename!r} is packed as no .npz file is")
     with archive.open(entry) as member:
         version = np.lib.format.read_magic(member)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
+        read, length_bytes = {
+            (1, 0): (np.lib.format.read_array_header_1_0, 2),
+            (2, 0): (np.lib.format.read_array_header_2_0, 4),
+        }.get(version, (None, 0))
         if read is None:
             raise ValueError(f"{entry.filename!r} is of an unknown version {version}")
-        shape, _, dtype = read(member)
+        length = member.read(length_bytes)
+        size = int.from_bytes(length, "little")
+        if size > MAX_HEADER:
+            raise ValueError(f"{entry.filename!r} has a header of {size:,} bytes")
+        shape, _, dtype = read(io.BytesIO(length + member.read(size)))
         header = member.tell()
     if dtype.hasobject:
         raise ValueError(

@@ -119,7 +119,10 @@ def npz_bombs(names) -> dict[str, bytes]:
         "with a nameless type": with_first(header("'<q99'", (1,)) + bytes(99)),
         "with a huge type": with_first(header(f"'V{2**31 - 1}'", (2**31,))),
         "with a long header": with_first(header("'<f8'", "(1, " + " " * 60_000 + ")")),
-        "with a header of 4 GB": with_first(b"\x93NUMPY\x02\x00\xff\xff\xff\xff{"),
+        "with a header of 256 MB": _with_long_header(
+            {name: content for name, content in good.items() if name != f"{first}.npy"},
+            f"{first}.npy",
+        ),
         "of another version": with_first(b"\x93NUMPY\x09\x00\x00\x00"),
         "with Python objects": with_first(
             npy(np.array([Bomb()], object), allow_pickle=True)
@@ -132,6 +135,20 @@ def npz_bombs(names) -> dict[str, bytes]:
         "with an array twice": _twice(good, f"{first}.npy"),
         "within an archive": archive({f"{first}.npy": archive(good)}),
     }
+
+
+def _with_long_header(entries, name):
+    """An archive with an entry that is one long header, of spaces."""
+    size, piece = 2**28, 2**20
+    buffer = io.BytesIO(archive(entries))
+    with (
+        zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        file.open(name, "w") as entry,
+    ):
+        entry.write(b"\x93NUMPY\x02\x00" + struct.pack("<I", size))
+        for _ in range(size // piece):
+            entry.write(b" " * piece)
+    return buffer.getvalue()
 
 
 def _twice(entries, name):

@@ -86,8 +86,18 @@ READERS = {
 }
 
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(name):
+    """Bytes of a kind of memory of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(name)
+
+
+def forget_the_peak():
+    """What the resource module calls the peak is also that of the parent."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmHWM")
 
 
 def main():
@@ -105,7 +115,7 @@ def main():
     used = size * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     for case in cases:
-        before, started, message = peak(), time.monotonic(), ""
+        before, started, message = forget_the_peak(), time.monotonic(), ""
         signal.alarm(SECONDS)
         try:
             READERS[case["reader"]](*case["arguments"])
@@ -118,7 +128,7 @@ def main():
         line = {
             "outcome": outcome,
             "message": message,
-            "grown": peak() - before,
+            "grown": memory("VmHWM") - before,
             "seconds": time.monotonic() - started,
         }
         print(json.dumps(case | line), flush=True)
