@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding
+from travelling import summed, travelling, weights
 
 from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.gates import Gate
@@ -197,19 +198,27 @@ def test_experts_are_sharded_and_stay_so():
 
 def test_only_buffers_travel_and_only_by_all_to_all():
     _, program = run(value_and_gradients, expert=4)
-    exchanges = re.findall(r"= \(?(.*?)\)? all-to-all\(", program)
-    # Forward to the experts and back, and the transposes of both.
-    assert len(exchanges) == 4
-    for shapes in exchanges:
-        sizes = [
-            int(np.prod([int(size) for size in shape.split(",")]))
-            for shape in re.findall(r"f32\[([\d,]+)\]", shapes)
-        ]
-        # A device has 1 of 8 groups. Capacity: ceil(0.8 · 2 · 16 / 8) = 4 slots.
-        assert sum(sizes) == 8 * 1 * 4 * WIDTH
-    others = r"\b(all-gather|collective-permute|reduce-scatter|all-gather-start)\("
-    assert not re.findall(others, program)
-    assert "all-reduce" in program  # The gradients' sum over examples.
+    sent = travelling(program)
+    assert {one.kind for one in sent} == {"all-to-all", "all-reduce"}
+    # Forward to the experts and back, and the transposes of both. A device has 1 of 8
+    # groups. Capacity: ceil(0.8 · 2 · 16 / 8) = 4 slots.
+    exchanged = [one.bytes() for one in sent if one.kind == "all-to-all"]
+    assert exchanged == [8 * 1 * 4 * WIDTH * 4] * 4
+    # All else are gradients, and statistics of no more than a number an expert.
+    assert summed(sent, at_least=9) == weights(2, WIDTH, 12, 8)
+
+
+def test_a_sum_of_tokens_over_devices_is_told_from_one_of_gradients():
+    def step(variables, x):
+        def with_mean(variables, x):
+            mean = jnp.mean(forward(variables, x, jnp.int32(1))[0], axis=0)
+            return jnp.sum(mean**2)
+
+        return jax.value_and_grad(with_mean)(variables, x)
+
+    _, program = run(step, expert=4)
+    expected = [(TOKENS, WIDTH), *weights(2, WIDTH, 12, 8)]
+    assert summed(travelling(program), at_least=9) == sorted(expected)
 
 
 def test_fsdp_gathers_weights_but_no_tokens():

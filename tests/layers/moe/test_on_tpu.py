@@ -1,6 +1,5 @@
 """The layer compiled for TPU slices that are not there: collectives and products."""
 
-import collections
 import math
 import platform
 import re
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
+from travelling import summed, travelling, weights
 
 from mtl_jax.layers.moe import MoE
 from mtl_jax.scaling import make_topology, prepare_environment
@@ -122,14 +122,6 @@ def compiled_module(module, sizes, **axes):
         return step.lower(variables, x).compile()
 
 
-def collectives(program) -> dict[str, int]:
-    found = re.findall(
-        r" (ragged-all-to-all|all-to-all|all-gather|collective-permute)\(",
-        program.as_text(),
-    )
-    return dict(collections.Counter(found))
-
-
 def flops(program) -> float:
     return program.cost_analysis()["flops"] * 8
 
@@ -150,22 +142,43 @@ def assert_computes_what_it_must(program, sizes, capacity_factor=1.0):
     assert flops(program) == pytest.approx(sizes.flops(capacity_factor), rel=0.1)
 
 
+def gradients(experts):
+    """Sizes of what is summed over devices that have so many of the experts."""
+    return weights(experts, SMALL.width, SMALL.hidden, SMALL.experts)
+
+
 def test_buffers_are_exchanged_and_nothing_else():
     program = compiled(1.25, expert=4)
-    assert collectives(program) == {"all-to-all": 4}
+    sent = travelling(program.as_text())
+    assert {one.kind for one in sent} == {"all-to-all", "all-reduce"}
+    # A device has 2 of 16 groups, and ceil(1.25 · 2 · 384 / 8) = 120 slots for each
+    # expert and group, in bfloat16.
+    exchanged = [one.bytes() for one in sent if one.kind == "all-to-all"]
+    assert exchanged == [8 * 2 * 120 * SMALL.width * 2] * 4
+    assert summed(sent, at_least=9) == gradients(experts=2)
     assert_computes_what_it_must(program, SMALL, 1.25)
 
 
 def test_rows_without_capacity_are_exchanged_as_they_are():
+    sent = travelling(compiled(None, expert=4).as_text())
+    assert {one.kind for one in sent} == {
+        *("ragged-all-to-all", "all-to-all", "all-reduce")
+    }
+    rows = [one.bytes() for one in sent if one.kind == "ragged-all-to-all"]
+    # A device sends what its 2 · 384 tokens chose twice, and has room for all that the
+    # four of its group may send it.
+    own = 2 * SMALL.tokens * SMALL.selected * SMALL.width * 2
+    assert sorted(rows) == [own, own, 4 * own, 4 * own]
     # Plans are exchanged too, a few numbers each.
-    found = collectives(compiled(None, expert=4))
-    assert found["ragged-all-to-all"] == 4
-    assert found.get("collective-permute", 0) == 0
+    assert all(one.bytes() <= 64 for one in sent if one.kind == "all-to-all")
+    assert summed(sent, at_least=64) == gradients(experts=2)
 
 
 def test_no_expert_multiplies_rows_of_others():
     program = compiled(None)
-    assert collectives(program) == {}
+    sent = travelling(program.as_text())
+    assert {one.kind for one in sent} == {"all-reduce"}
+    assert summed(sent, at_least=9) == gradients(experts=8)
     assert_computes_what_it_must(program, SMALL)
     assert not multiplies_rows_of_others(program, SMALL)
 
