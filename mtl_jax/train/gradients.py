@@ -40,7 +40,8 @@ class Evaluation(NamedTuple):
       statistics: Task name -> layer name -> router statistics of the task's pass on
         the last source that labels it.
       aggregator_state: The aggregator's state after the evaluation.
-      collections: What the trunk keeps besides its parameters, after all passes.
+      collections: What the trunk keeps besides its parameters, after all passes: as
+        it was, plus the sum of what each pass made of that.
     """
 
     losses: Float[Array, " tasks"]
@@ -418,7 +419,8 @@ def _evaluation(
     auxiliary_loss = joint_loss
     moved = collections
     for source in sources.values():
-        # Every pass began with the same; what each of them changed adds up.
+        # Every pass began with the same; what each of them changed adds up. For
+        # LossFree that is a sign for each source, not the sign of all counts together.
         moved = jax.tree.map(
             lambda now, before, after: now + jnp.sum(after - before[None], axis=0),
             moved,

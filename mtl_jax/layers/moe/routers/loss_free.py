@@ -97,7 +97,9 @@ class LossFree(nn.Module):
       gate: Makes the gate. There is no noise that would tell equal logits apart, so
         zeros are no initial value for it; the deviation of 0.006 is DeepSeek-V3's.
       routed_scaling: Sum of a token's weights.
-      update_rate: How far the bias moves at each step; SMoRA has 1e-5.
+      update_rate: How far the bias moves at each forward pass in training, by the
+        counts of that pass alone; SMoRA has 1e-5. A training step adds up what its
+        passes, one for each source that uses the bias, change.
       as_released: Whether the bias enters the weights too, as in SMoRA's code.
     """
 
