@@ -107,7 +107,9 @@ class Heartbeat:
         }
         started = time.monotonic()
         try:
-            self._folder.write_json(HEARTBEAT, {**self._known, **beat, **more})
+            self._folder.write_json(
+                HEARTBEAT, {**self._known, **beat, **more}, durable=False
+            )
         except OSError as error:
             self._report(error)
         ended = time.monotonic()

@@ -22,9 +22,14 @@ from mtl_jax.train.faults import REPORT
 from mtl_jax.train.observer import Observer
 from mtl_jax.train.program import Program
 from mtl_jax.train.progress import ProgressDisplay
-from mtl_jax.train.rescue import Fallback, Unwritten, rescue, storage_fault
+from mtl_jax.train.rescue import Fallback, Unwritten, rescue
 from mtl_jax.train.result import describe_run, task_results
-from mtl_jax.train.run_folder import RunFolder, RunFolderError, to_json
+from mtl_jax.train.run_folder import (
+    RunFolder,
+    RunFolderError,
+    storage_fault,
+    to_json,
+)
 from mtl_jax.train.samples import write_samples
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Metrics
@@ -241,17 +246,19 @@ def _start_or_continue(
     latest, state = checkpoints.restore_newest(program.fresh_state) or (None, None)
     if latest is None:
         _check_that_it_is_new(folder, experiment.checkpoint_every)
-    logged = folder.truncate(METRICS, latest or 0)
-    lines = folder.truncate(TIMINGS, latest or 0)
-    folder.truncate(SPIKES, latest or 0)
+    timings = Timings(experiment.mixture.batch_size, started)
+    logged = folder.truncate(
+        METRICS, latest or 0, functools.partial(_counted_faults, latest=latest)
+    )
+    folder.truncate(TIMINGS, latest or 0, timings.resume)
+    folder.truncate(SPIKES, latest or 0, lambda line: None)
     unevaluated = _read_unevaluated(folder)
     if unevaluated is not None:
         known = logged and logged[-1]["step"] == latest
         if known or unevaluated["step"] != latest:
             unevaluated = None
         else:
-            lines.append(unevaluated["timing"])
-    timings = Timings(lines, experiment.mixture.batch_size, started)
+            timings.resume(unevaluated["timing"])
     faults = FaultLog(
         folder.path,
         [task.name for task in experiment.tasks],
@@ -265,9 +272,23 @@ def _start_or_continue(
     return state, batches, timings, faults, unevaluated
 
 
+def _counted_faults(
+    line: Mapping[str, Any], latest: int | None
+) -> dict[str, Any] | None:
+    """What a line of metrics tells a run that continues from the step ``latest``."""
+    faults = {
+        name: number
+        for name, number in line.items()
+        if number and (name.endswith("/left_out") or name == "all/skipped_steps")
+    }
+    if faults or line["step"] == latest:
+        return {"step": line["step"], **faults}
+    return None
+
+
 def _check_that_it_is_new(folder: RunFolder, checkpoint_every: int) -> None:
     """Refuses to begin anew where checkpoints must have been, and are not."""
-    lines = folder.truncate(METRICS, sys.maxsize)
+    lines = folder.truncate(METRICS, sys.maxsize, lambda line: line)
     # A save waits for the one before: the first is complete after two of them.
     if lines and lines[-1]["step"] > 2 * checkpoint_every:
         raise RunFolderError(

@@ -1,8 +1,6 @@
 """What becomes of a run whose folder can no longer be written."""
 
 import dataclasses
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import grain
 import jax
 
 from mtl_jax.train.checkpoint import Checkpoints
-from mtl_jax.train.run_folder import RunFolder, RunFolderError, to_json
+from mtl_jax.train.run_folder import RunFolder, RunFolderError, storage_fault, to_json
 from mtl_jax.train.state import TrainState
 
 
@@ -91,21 +89,6 @@ def check_fallback(path: Path, run: Path) -> None:
         raise RunFolderError(
             f"--fallback-dir is {path}, which is not empty; choose another, or empty it"
         )
-
-
-def storage_fault(error: Exception) -> str | None:
-    """What the operating system says of storage that failed; None of other faults.
-
-    Args:
-      error: From writing files, also by Orbax, whose storage library has its own
-        exceptions.
-    """
-    if isinstance(error, OSError):
-        number = error.errno
-    else:
-        found = re.search(r"\[os_error_code='(\d+)'", str(error))
-        number = int(found[1]) if found else None
-    return None if number is None else os.strerror(number)
 
 
 def rescue(
@@ -189,8 +172,11 @@ def _copy_logs(
         # The last may be half-written.
         complete = [line for line in text.splitlines(keepends=True) if line[-1] == "\n"]
         (copy.path / name).write_text("".join(complete))
-        lines = copy.truncate(name, step)
-        for log, line in unwritten:
-            if log == name and to_json(line) not in lines:
+        missing = [to_json(line) for log, line in unwritten if log == name]
+        written = copy.truncate(
+            name, step, lambda line, missing=missing: line if line in missing else None
+        )
+        for line in missing:
+            if line not in written:
                 copy.append(name, line)
     return lost

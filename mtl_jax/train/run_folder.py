@@ -1,13 +1,18 @@
 """The folder of a run: its config, its metrics, its result."""
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
+
+Kept = TypeVar("Kept")
 
 
 class RunFolderError(ValueError):
@@ -21,9 +26,10 @@ class RunFolder:
     """Files of one run.
 
     Args:
-      path: The folder; made if absent.
-      writes: Whether this process writes; of several that run together, one does, and
-        what the others would write is dropped.
+      path: The folder; made if absent and ``writes``.
+      writes: Whether this process writes: not where the run is only read, and of
+        several processes that train it together one does. What the others would write
+        is dropped.
 
     Raises:
       RunFolderError: If the folder cannot be made or written.
@@ -36,22 +42,35 @@ class RunFolder:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
             raise RunFolderError(
                 f"cannot write to the run folder {path}: {error.strerror}; "
                 "choose another --workdir"
             ) from error
 
-    def write_json(self, name: str, document: Mapping[str, Any]) -> None:
-        """Writes a document whole or not at all."""
+    def write_json(
+        self, name: str, document: Mapping[str, Any], *, durable: bool = True
+    ) -> None:
+        """Writes a document whole or not at all.
+
+        Args:
+          name: Of the file.
+          document: Its content.
+          durable: Whether it is on the disk before it takes the place of the one
+            before, so that a power cut leaves one of them.
+        """
         text = json.dumps(document, indent=1, allow_nan=False)
         if not self._writes:
             return
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text + "\n")
+        # What a killed process left, or a stranger's link.
+        temporary.unlink(missing_ok=True)
+        with open_without_links(temporary, "x") as file:
+            file.write(text + "\n")
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, self.path / name)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -62,59 +81,116 @@ class RunFolder:
         """
         try:
             document = json.loads((self.path / name).read_text())
+            if not isinstance(document, dict):
+                raise ValueError("it is no object")
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:
             raise RunFolderError(
-                f"{self.path / name} is not valid JSON ({error}); delete the run "
-                "folder or choose another"
+                f"{self.path / name} is not valid JSON ({error}); mend this file or "
+                "delete it alone: the command that trains the run then goes on from "
+                "its checkpoints"
             ) from error
-        if not isinstance(document, dict):
-            raise RunFolderError(
-                f"{self.path / name} is not a JSON object; delete the run folder or "
-                "choose another"
-            )
         return document
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Adds one line of JSON to a log; numbers that are not finite become null."""
-        text = json.dumps(to_json(line), allow_nan=False)
-        if self._writes:
-            with (self.path / name).open("a") as file:
-                file.write(text + "\n")
-
-    def truncate(self, name: str, last_step: int) -> list[dict[str, Any]]:
-        """Drops the lines of a log after ``last_step``, a half-written one included.
-
-        Returns:
-          The lines that are left.
+        """Adds one line of JSON to a log; numbers that are not finite become null.
 
         Raises:
-          RunFolderError: If a line before that is not one of a run.
+          RunFolderError: If there is a link in the place of the log.
+        """
+        text = json.dumps(to_json(line), allow_nan=False)
+        if self._writes:
+            with open_without_links(self.path / name, "a") as file:
+                file.write(text + "\n")
+
+    def truncate(
+        self, name: str, last_step: int, keep: Callable[[dict[str, Any]], Kept | None]
+    ) -> list[Kept]:
+        """Drops the lines of a log after ``last_step``, a half-written one included.
+
+        Args:
+          name: Of the log.
+          last_step: Step of the last line to keep.
+          keep: What to return of a line that is kept; a log may be long.
+
+        Returns:
+          What ``keep`` makes of the lines that are left, without None.
+
+        Raises:
+          RunFolderError: If a line before that is not one of a run, or there is a link
+            in the place of the log.
         """
         path = self.path / name
-        if not path.exists():
+        kept, end = [], 0
+        try:
+            file = open_without_links(path, "r+b" if self._writes else "rb")
+        except FileNotFoundError:
             return []
-        text, kept = b"", []
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                late = record["step"] > last_step
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise RunFolderError(
-                    f"line {number} of {path} is damaged; mend or delete the file"
-                ) from error
-            if late:
-                break
-            text += line
-            kept.append(record)
-        if self._writes:
-            temporary = path.with_name(f".{name}.tmp")
-            temporary.write_bytes(text)
-            os.replace(temporary, path)
+        with file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(line)
+                    late = record["step"] > last_step
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise RunFolderError(
+                        f"line {number} of {path} is damaged; mend or delete the file"
+                    ) from error
+                if late:
+                    break
+                end += len(line)
+                if (what := keep(record)) is not None:
+                    kept.append(what)
+            if self._writes:
+                # A kill leaves the file as it was or cut, and it is cut again then.
+                file.truncate(end)
         return kept
+
+
+def open_without_links(path: Path, mode: str) -> IO[Any]:
+    """Opens a file to write it, and not what a link in its place points to.
+
+    A stranger's run folder may hold any links, and what is written to a run must stay
+    in its folder.
+
+    Args:
+      path: The file.
+      mode: As of `open`.
+
+    Raises:
+      RunFolderError: If it is a link.
+    """
+    try:
+        return open(path, mode, opener=_opener)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise RunFolderError(
+            f"{path} is a symbolic link, through which nothing is written; put the "
+            "file itself there, or delete the link"
+        ) from error
+
+
+def _opener(path: str, flags: int) -> int:
+    # Not on all systems. A pipe would be waited for.
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags | more, 0o666)
+
+
+def storage_fault(error: Exception) -> str | None:
+    """What the operating system says of storage that failed; None of other faults.
+
+    Args:
+      error: From files, also by Orbax, whose storage library has its own exceptions.
+    """
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        found = re.search(r"\[os_error_code='(\d+)'", str(error))
+        number = int(found[1]) if found else None
+    return None if number is None else os.strerror(number)
 
 
 def to_json(value: Any) -> Any:

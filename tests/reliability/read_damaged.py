@@ -77,7 +77,7 @@ def run(folder):
     opened = RunFolder(Path(folder), writes=False)
     document = opened.read_json("config.json")
     build(from_document(document))
-    opened.truncate("metrics.jsonl", 10**9)
+    opened.truncate("metrics.jsonl", 10**9, lambda line: line)
 
 
 READERS = {

@@ -132,7 +132,7 @@ def test_a_slow_file_system_is_asked_more_seldom(
     """A write of 2 s, at 0.5 % of the time, must be followed by 400 s without one."""
     writes = []
 
-    def slow(name, document):
+    def slow(name, document, durable):
         writes.append(clocks.now)
         clocks.now += 2.0
 

@@ -35,7 +35,7 @@ def stretch(timings, clock, step, seconds, waited=0.0, evaluating=0.0):
 
 
 def test_a_line_by_hand(clock):
-    timings = Timings([], batch_size=8, started=clock.now)
+    timings = Timings(batch_size=8, started=clock.now)
     clock.now += 20  # compiling
     assert stretch(timings, clock, 5, 10.0, waited=1.0, evaluating=3.0) == {
         "step": 5,
@@ -52,7 +52,7 @@ def test_a_line_by_hand(clock):
 
 
 def test_the_average_leaves_the_first_line_out(clock):
-    timings = Timings([], batch_size=8, started=clock.now)
+    timings = Timings(batch_size=8, started=clock.now)
     assert timings.average() == {"examples_per_second": None, "input_stall": None}
     stretch(timings, clock, 2, 10.0, waited=5.0)
     assert timings.average() == {"examples_per_second": 1.6, "input_stall": 0.5}
@@ -63,10 +63,12 @@ def test_the_average_leaves_the_first_line_out(clock):
 
 
 def test_a_continued_run_counts_from_its_beginning(clock):
-    first = Timings([], batch_size=8, started=clock.now)
+    first = Timings(batch_size=8, started=clock.now)
     lines = [stretch(first, clock, 2, 10.0), stretch(first, clock, 6, 2.0)]
     clock.now += 500  # stopped
-    second = Timings(lines, batch_size=8, started=clock.now)
+    second = Timings(batch_size=8, started=clock.now)
+    for line in lines:
+        second.resume(line)
     clock.now += 20
     line = stretch(second, clock, 8, 4.0)
     assert line["seconds_per_step"] == 2.0
@@ -77,6 +79,6 @@ def test_a_continued_run_counts_from_its_beginning(clock):
 
 @pytest.mark.parametrize("damage", [{"input_stall": None}, {"wall_time_seconds": "x"}])
 def test_lines_of_another_making_are_refused(clock, damage):
-    line = stretch(Timings([], 8, clock.now), clock, 2, 1.0)
+    line = stretch(Timings(8, clock.now), clock, 2, 1.0)
     with pytest.raises(RunFolderError, match=r"the line of step 2 in timings\.jsonl"):
-        Timings([line | damage], 8, clock.now)
+        Timings(8, clock.now).resume(line | damage)
