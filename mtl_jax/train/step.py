@@ -163,10 +163,11 @@ def task_metrics(evaluation: Evaluation, task_names: tuple[str, ...]) -> dict[st
                 values = [statistics[name] for statistics in blocks.values()]
                 metrics[f"{task}/{metric}"] = jnp.mean(jnp.stack(values))
     for block in next(iter(evaluation.statistics.values())):
-        loads = [evaluation.statistics[task][block]["load"] for task in task_names]
-        metrics[f"all/task_expert_information/{block}"] = task_expert_information(
-            jnp.stack(loads)
+        loads = jnp.stack(
+            [evaluation.statistics[task][block]["load"] for task in task_names]
         )
+        metrics[f"all/dead_experts/{block}"] = jnp.mean(jnp.all(loads == 0, axis=0))
+        metrics[f"all/task_expert_information/{block}"] = task_expert_information(loads)
     return metrics
 
 

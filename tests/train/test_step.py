@@ -84,6 +84,9 @@ def test_routers_are_told_of_by_task_and_layer_and_as_the_mean_over_layers():
         "edges/gate_entropy/block_1": 1.0,
         "edges/gate_entropy/block_2_attention": 0.5,
         "edges/gate_entropy": 0.75,
+        # The experts that neither task goes to.
+        "all/dead_experts/block_1": 0.0,
+        "all/dead_experts/block_2_attention": 0.25,
     }
     kinds = ("dropped_tokens", "dead_experts", "gate_entropy")
     told = {name for name in found if name.split("/")[1] in kinds}
