@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mtl_jax.layers.low_rank import LowRank
 from mtl_jax.layers.mlp import Mlp, SwiGlu
 from mtl_jax.layers.moe import execution
 from mtl_jax.layers.moe.execution import Execution
@@ -36,7 +37,8 @@ def name(how: Execution) -> str:
 def on_meshes(short):
     """All combinations for these ways, of which those in ``short`` aren't slow.
 
-    Gated experts, and a single choice, are met by all but each number of experts.
+    Gated experts, those of low rank, which have no bias, and a single choice are met by
+    all but each number of experts.
 
     Args:
       short: For each way ``(mesh, experts, capacity, kind)``, chosen so that it meets
@@ -50,6 +52,7 @@ def on_meshes(short):
             (few, Mlp, ROUTINGS),
             (many, Mlp, ROUTINGS[:3]),
             (many, SwiGlu, ROUTINGS[:3]),
+            (few, LowRank, ROUTINGS[1:2]),
         ):
             fields = mesh, number, capacity, kind
             limit = "dropless" if capacity == DROPLESS else "limited"
