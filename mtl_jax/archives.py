@@ -5,11 +5,11 @@ Python objects, which run code when they are read, are refused; and arrays take 
 memory than such a file can hold in earnest, however small it is packed.
 """
 
-import io
 import math
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -20,11 +20,12 @@ SMALL_BYTES = 64 * 2**20
 MAX_RATIO = 20
 """Those of larger files take so many times the bytes of the file at most."""
 
-MAX_HEADER = 64 * 2**10
-"""Bytes of the longest header: NumPy reads all that one claims before it looks."""
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)
+"""How arrays may be packed: LZMA is that of the data that ships with the package."""
 
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""How NumPy packs. Of other methods, ``zipfile`` unpacks at once all that it reads."""
+PIECE = 4096
+"""Bytes read at a time: ``zipfile`` unpacks all of LZMA that it reads, and a byte may
+stand for 7,000."""
 
 
 def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -84,21 +85,16 @@ def _check_size(archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> Non
 def _check_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
     """Bytes of an array, by its header and by the size of its entry alike."""
     if entry.compress_type not in METHODS:
-        raise ValueError(f"{entry.filename!r} is packed as no .npz file is")
-    with archive.open(entry) as member:
+        raise ValueError(f"{entry.filename!r} is packed by an unknown method")
+    with archive.open(entry) as packed:
+        member = _InPieces(packed)
         version = np.lib.format.read_magic(member)
-        read, length_bytes = {
-            (1, 0): (np.lib.format.read_array_header_1_0, 2),
-            (2, 0): (np.lib.format.read_array_header_2_0, 4),
-        }.get(version, (None, 0))
-        if read is None:
+        if version != (1, 0):
+            # Later ones are for headers beyond 64 KiB, all of which NumPy reads before
+            # it refuses them.
             raise ValueError(f"{entry.filename!r} is of an unknown version {version}")
-        length = member.read(length_bytes)
-        size = int.from_bytes(length, "little")
-        if size > MAX_HEADER:
-            raise ValueError(f"{entry.filename!r} has a header of {size:,} bytes")
-        shape, _, dtype = read(io.BytesIO(length + member.read(size)))
-        header = member.tell()
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        header = packed.tell()
     if dtype.hasobject:
         raise ValueError(
             f"{entry.filename!r} holds Python objects, which could run code"
@@ -114,4 +110,15 @@ def _check_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(entry) as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
+        return np.lib.format.read_array(_InPieces(member), allow_pickle=False)
+
+
+class _InPieces:
+    """An entry of an archive, of which never much is unpacked at once."""
+
+    def __init__(self, member: IO[bytes]):
+        self._member = member
+
+    def read(self, size: int = PIECE, /) -> bytes:
+        """So many bytes or fewer; none at the end."""
+        return self._member.read(min(size, PIECE))
