@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax.errors import InconclusiveDimensionOperation
+from jax.errors import ConcretizationTypeError, InconclusiveDimensionOperation
 
 from mtl_jax.models.inference import (
     as_placed_experts,
@@ -90,7 +90,10 @@ def export_task(
     shape = jax.ShapeDtypeStruct((leading, *field.shape), jnp.dtype(field.dtype))
     try:
         exported = jax.export.export(jax.jit(function), platforms=platforms)(shape)
-    except InconclusiveDimensionOperation as error:
+    except (InconclusiveDimensionOperation, ConcretizationTypeError) as error:
+        # A layer compared the symbol for the number of images, or wanted its value.
+        if batch is not None:
+            raise
         raise ValueError(
             "a layer of the trunk or the head needs to know the number of images; "
             "give batch"

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import subprocess
@@ -6,10 +7,13 @@ import sysconfig
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import experiment
 
+from mtl_jax.layers.moe import MoeAttention
+from mtl_jax.layers.moe.routers import LossFree
 from mtl_jax.train import build_program, export_task, write_export
 from mtl_jax.train.evaluate import make_predict
 
@@ -46,6 +50,15 @@ def standard_dtype_promotion():
     """Optax's schedules and its Adam mix floats and integers."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+def random_like(state):
+    """The state with parameters at random, gates that start at zero among them."""
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: jnp.float32(0.3 * rng.normal(size=leaf.shape)), state.params
+    )
+    return dataclasses.replace(state, params=params)
 
 
 def predicted(program, state, source, task, images):
@@ -106,6 +119,43 @@ def test_other_models_and_a_fixed_batch(fields, batch):
     output = jax.export.deserialize(bytearray(data)).call(images)
     expected = predicted(program, state, "tiles", "redness", images)
     np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_heads_that_are_experts_need_the_number_of_images():
+    heads = functools.partial(MoeAttention, num_experts=4)
+    trunk = experiment().trunk.clone(attention=heads)
+    program = build_program(experiment(trunk=trunk), jax.devices()[:1])
+    state = random_like(program.fresh_state())
+    with pytest.raises(ValueError, match="needs to know the number of images; give"):
+        export_task(program, state, "bright")
+    data, description = export_task(program, state, "bright", batch=3)
+    assert description["input"]["shape"] == [3, 8, 8, 3]
+    output = jax.export.deserialize(bytearray(data)).call(IMAGES[:3])
+    expected = predicted(program, state, "tiles", "bright", IMAGES[:3])
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_biases_that_choose_experts_are_in_the_program():
+    chosen = experiment(num_routers=None)
+    layer = functools.partial(chosen.trunk.moe, router=LossFree)
+    program = build_program(
+        experiment(num_routers=None, trunk=chosen.trunk.clone(moe=layer)),
+        jax.devices()[:1],
+    )
+    fresh = random_like(program.fresh_state())
+    # Far enough apart that two of four experts are all that any token goes to.
+    biases = jax.tree.map(
+        lambda leaf: jnp.float32([0, 9, 0, 9]).reshape(leaf.shape), fresh.collections
+    )
+    state = dataclasses.replace(fresh, collections=biases)
+    data, _ = export_task(program, state, "redness")
+    output = jax.export.deserialize(bytearray(data)).call(IMAGES)
+    expected = predicted(program, state, "tiles", "redness", IMAGES)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    without = predicted(program, fresh, "tiles", "redness", IMAGES)
+    assert np.max(np.abs(without - expected)) > 0.01
 
 
 def test_mistakes_are_explained(tmp_path):
