@@ -36,6 +36,11 @@ from mtl_jax.train.state import TrainState
 FILE_BYTES = 2**27
 """Bytes at which arrays go to a new file, so that threads can check several at once."""
 
+UNREADABLE = (
+    *(AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError),
+)
+"""What Orbax and its storage raise where files are not what they expect."""
+
 
 class Checkpoints:
     """The checkpoints of one run, saved in the background.
@@ -219,7 +224,7 @@ class Checkpoints:
             yield
         except RunFolderError:
             raise
-        except (KeyError, OSError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             # Orbax and its storage raise each of these, with pages of text.
             reason = str(error).partition("\n")[0][:100]
             raise RunFolderError(

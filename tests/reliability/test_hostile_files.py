@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import fiddle as fdl
 import jax
+import numpy as np
 import pytest
 from fiddle.experimental import serialization
 
@@ -21,8 +23,13 @@ import mutations
 from watched import outside, watched
 
 from mtl_jax import cli
-from mtl_jax.configuration import from_document
+from mtl_jax.configuration import build, from_document
+from mtl_jax.data import training_batches
 from mtl_jax.layers import mlp
+from mtl_jax.train import RunFolderError, build_program
+from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.description import describe
+from mtl_jax.train.integrity import write_manifest
 
 HERE = Path(__file__).parent
 
@@ -405,29 +412,104 @@ def test_a_document_that_is_none(mistake, tmp_path):
     assert "more than any config" in mistake("show", "config.json")
 
 
-def test_checkpoints_import_and_unpickle_nothing(
-    stranger, tmp_path, capsys, monkeypatch
-):
+@pytest.fixture(scope="module")
+def program(run):
+    document = json.loads((run[0] / "config.json").read_text())
+    built = build_program(build(from_document(document)))
+    return built, built.fresh_state()
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A module that nobody must import, where it would be found."""
     (tmp_path / "hostile.py").write_text("raise SystemExit('ran')\n")
     sys.path.insert(0, str(tmp_path))
-    changed = 0
-    for file in (stranger / "checkpoints").rglob("*"):
-        if file.is_file() and file.name in (
-            "_CHECKPOINT_METADATA",
-            "_METADATA",
-            "_sharding",
-        ):
-            text = file.read_text()
-            for name in ("orbax.checkpoint", "jax.Array", "NamedSharding"):
-                text = text.replace(name, "hostile.Handler")
-            changed += text != file.read_text()
-            file.write_text(text)
-    assert changed
-    with watched() as events, contextlib.suppress(SystemExit):
-        cli.main(["eval", str(stranger)])
-    assert "Traceback" not in capsys.readouterr().err
+    yield
     assert "hostile" not in sys.modules
+
+
+def changed(checkpoint, name, content):
+    """Replaces a file of a checkpoint, which then is as whole as any."""
+    (checkpoint / name).write_text(content)
+    write_manifest(checkpoint)
+
+
+def restored(program, run):
+    """What is read of a run's checkpoint: arrays, and the position in the data."""
+    program, like = program
+    chosen = program.experiment
+    fields = {task.name: task.field for task in chosen.tasks}
+    data = training_batches(chosen.mixture, fields, chosen.seed, program.share_multiple)
+    checkpoints = Checkpoints(run / "checkpoints", describe(program, None))
+    try:
+        step, state = checkpoints.restore_newest(lambda: like)
+        checkpoints.restore_data(step, data)
+    finally:
+        checkpoints.close()
+    state = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.key))], (
+        data.get_state()
+    )
+
+
+NAMED = {
+    "_CHECKPOINT_METADATA": "orbax.checkpoint",
+    "run/metadata": "jax.sharding",
+    "state/_METADATA": "jax.Array",
+    "state/_sharding": "NamedSharding",
+}
+"""Files of a checkpoint with names of classes, and one of these or its beginning."""
+
+
+def with_other_names(checkpoint):
+    """Has the checkpoint name another class wherever it names one of these."""
+    for file, name in NAMED.items():
+        text = (checkpoint / file).read_text()
+        assert name in text
+        changed(checkpoint, file, text.replace(name, "hostile.Handler"))
+
+
+def test_classes_that_a_checkpoint_names_are_not_imported(
+    stranger, program, run, hostile
+):
+    expected, position = restored(program, run[0])
+    with_other_names(stranger / "checkpoints" / "1")
+    with watched() as events:
+        arrays, data = restored(program, stranger)
     assert not {"pickle.find_class", "socket.connect"} & {event for event, _ in events}
+    assert outside(events, stranger) == []
+    assert data == position
+    for ours, theirs in zip(arrays, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_whatever_classes_its_checkpoint_names(
+    stranger, hostile, capsys
+):
+    cli.main(["eval", str(stranger)])
+    expected = capsys.readouterr().out
+    with_other_names(stranger / "checkpoints" / "1")
+    with watched() as events:
+        cli.main(["eval", str(stranger)])
+    assert capsys.readouterr().out == expected
+    assert not {"pickle.find_class", "socket.connect"} & {event for event, _ in events}
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000], ids=lambda c: c[:3])
+@pytest.mark.parametrize("file", ["run/metadata", "data/metadata", "state/_METADATA"])
+def test_documents_of_checkpoints_that_are_none(stranger, program, file, content):
+    """As whole as any by its manifest, and not what a release has written."""
+    changed(stranger / "checkpoints" / "1", file, content)
+    with pytest.raises(RunFolderError, match=r"checkpoints/1 cannot be restored") as e:
+        restored(program, stranger)
+    assert "\n" not in str(e.value)
+
+
+def test_a_position_in_the_data_that_cannot_be(stranger, program):
+    changed(stranger / "checkpoints" / "1", "data/metadata", '{"next_index": -5}')
+    with pytest.raises(RunFolderError, match=r"checkpoints/1 cannot be restored"):
+        restored(program, stranger)
 
 
 def test_a_config_of_the_program_is_itself_harmless():
