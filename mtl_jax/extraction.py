@@ -14,6 +14,7 @@ import numpy as np
 
 from mtl_jax import configuration, optim, train
 from mtl_jax.data.mixture import evaluation_batches, training_batches
+from mtl_jax.flops import count_flops
 from mtl_jax.layers.moe.execution import Execution
 from mtl_jax.models.experts import (
     Extracted,
@@ -27,7 +28,6 @@ from mtl_jax.models.vit import VisionTransformer, layers_of_blocks
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.description import describe
 from mtl_jax.train.evaluate import make_evaluate
-from mtl_jax.train.flops import count_flops
 from mtl_jax.train.loop import CHECKPOINTS
 from mtl_jax.train.program import Program
 from mtl_jax.train.start_from import train_new
@@ -175,10 +175,7 @@ def forward_flops(
 
 
 def _in_full_buffers(trunk: Any) -> VisionTransformer:
-    """The trunk with as many rows of experts as tokens are sent to them.
-
-    Of loops over sorted rows it would have to be known how often they run.
-    """
+    """The trunk with as many rows of experts as tokens are sent to them, none empty."""
 
     def full(make: Any, *arguments: Any) -> Any:
         if make is None or not hasattr(make(*arguments), "execution"):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.flops import count_flops
 from mtl_jax.scaling.collectives import Collective, find_collectives
 from mtl_jax.scaling.hlo import parse
 from mtl_jax.scaling.products import device_flops
@@ -18,7 +19,6 @@ from mtl_jax.scaling.roofline import Roofline, make_roofline
 from mtl_jax.scaling.topology import Topology
 from mtl_jax.scaling.traffic import memory_bytes
 from mtl_jax.train import Experiment, build_program
-from mtl_jax.train.flops import count_flops
 from mtl_jax.train.program import Program, count_parameters
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax.data.batch import Batch
 from mtl_jax.data.mixture import stack_records
+from mtl_jax.flops import count_flops
 from mtl_jax.optim import Aggregator, Balancer, from_balancer
 from mtl_jax.optim import sum as plain_sum
 from mtl_jax.sharding import make_mesh, param_shardings, spec
@@ -21,7 +22,6 @@ from mtl_jax.sharding.rules import is_boxed, path_name
 from mtl_jax.train.debug_nans import explaining
 from mtl_jax.train.experiment import Experiment, MeshShape
 from mtl_jax.train.faults import no_faults
-from mtl_jax.train.flops import count_flops
 from mtl_jax.train.gradients import (
     EMPTY,
     GradientFunction,

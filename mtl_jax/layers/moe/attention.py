@@ -88,7 +88,8 @@ class MoeAttention(nn.Module):
             expert, or ``num_heads`` is not in ``[1, num_experts]`` or, without a
             ``head_width``, does not divide the width; if batch or experts do not divide
             over the mesh; if ``capacity_factor`` is not finite or leaves no slot; if
-            ``task`` does not fit ``num_tasks``; or if the router fills buffers itself.
+            there is no such ``execution``; if ``task`` does not fit ``num_tasks``; or
+            if the router fills buffers itself.
         """
         check_tokens(x)
         check_condition(condition, x.shape[0])
@@ -118,7 +119,8 @@ class MoeAttention(nn.Module):
         (to_query, to_output), parameters = expert_stages(
             expert, self.num_experts, width, self.dtype
         )
-        how = self.execution or choose(
+        how = choose(
+            asked=self.execution,
             num_assignments=routing.expert_index.size,
             num_experts=self.num_experts,
             num_selected=self.num_heads,

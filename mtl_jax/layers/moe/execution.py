@@ -47,6 +47,7 @@ def choose(
     num_selected: int,
     capacity_factor: float | None,
     uses_matmuls: bool,
+    asked: Execution | None = None,
 ) -> Execution:
     """The way that is fastest for these shapes on the mesh now set.
 
@@ -56,7 +57,15 @@ def choose(
       num_selected: Experts a token goes to.
       capacity_factor: As `mtl_jax.layers.moe.MoE` has it.
       uses_matmuls: Whether the experts consist of ``linear`` stages alone.
+      asked: The way that is taken instead, where there is one.
+
+    Raises:
+      ValueError: If a part of ``asked`` is unknown, or does not go with the others or
+        with the experts.
     """
+    if asked is not None:
+        _check(asked, uses_matmuls)
+        return asked
     platform = expert_parallel.platform()
     sizes = expert_parallel.axis_sizes()
     num_devices = sizes.get(expert_parallel.EXPERT_AXIS, 1)
@@ -77,11 +86,38 @@ def choose(
     if platform == "tpu" and num_devices > num_selected:
         # Each row travels alone, where a gather sends each token to all devices.
         exchange = "ragged_all_to_all"
-    if not uses_matmuls:
+    if platform != "tpu" or not uses_matmuls:
         return Execution(exchange, "sorted")
-    alone = not expert_parallel.splits_within_experts()
-    matmul = "megablox" if platform == "tpu" and alone else "ragged_dot"
-    return Execution(exchange, "sorted", matmul)
+    split = expert_parallel.splits_within_experts()
+    return Execution(exchange, "sorted", "ragged_dot" if split else "megablox")
+
+
+def _check(execution: Execution, uses_matmuls: bool) -> None:
+    """Checks that there is such a way to carry out a layer of such experts."""
+    for part, known in (
+        ("exchange", _WAYS),
+        ("layout", _LAYOUTS),
+        ("matmul", _MATMULS),
+    ):
+        if getattr(execution, part) not in known:
+            raise ValueError(
+                f"execution.{part} is {getattr(execution, part)!r}; choose from "
+                f"{', '.join(known)}."
+            )
+    layouts = _LAYOUTS_OF_EXCHANGE.get(execution.exchange, _LAYOUTS)
+    if execution.layout not in layouts:
+        raise ValueError(
+            f"execution.layout is {execution.layout!r}, but what "
+            f"{execution.exchange!r} exchanges is {' or '.join(layouts)}; choose that, "
+            "or another exchange."
+        )
+    if execution.matmul == "blocks":
+        return
+    if execution.layout != "sorted" or not uses_matmuls:
+        raise ValueError(
+            f"execution.matmul is {execution.matmul!r}, which takes sorted rows and "
+            "experts that have stages(); leave it 'blocks', or change layout or expert."
+        )
 
 
 def run(
@@ -106,13 +142,8 @@ def run(
     Returns:
       The outputs, and the fraction of assignments that found no capacity.
     """
-    ways = {
-        "all_to_all": _exchanging,
-        "all_gather": _gathering,
-        "ragged_all_to_all": _sending,
-    }
     alone = expert_parallel.num_expert_parts() == 1
-    way = _gathering if alone else ways[execution.exchange]
+    way = _gathering if alone else _WAYS[execution.exchange]
     output, kept = way(execution, stages, parameters, groups, routing, capacity)
     return output, 1.0 - jnp.mean(kept)
 
@@ -139,6 +170,7 @@ def _exchanging(execution, stages, parameters, groups, routing, capacity):
 
 def _gathering(execution, stages, parameters, groups, routing, capacity):
     """Each device applies its experts to all tokens of the devices that share them."""
+    parts = expert_parallel.num_expert_parts()
 
     def local(parameters, groups, expert_index, weight, priority):
         num_experts = jax.tree.leaves(parameters)[0].shape[0]
@@ -148,8 +180,10 @@ def _gathering(execution, stages, parameters, groups, routing, capacity):
         positions = dispatch.queue(expert_index, num_experts, capacity, priority)
         kept = positions.kept.astype(jnp.float32)
         if execution.layout == "sorted":
+            # Here are the assignments to the other devices' experts too.
+            expected = expert_index.size // parts
             apply, sizes = _on_sorted_rows(
-                execution, expert_index.size, num_experts, groups.shape[0] * capacity
+                execution, expected, num_experts, groups.shape[0] * capacity
             )
             slots, count = dispatch.in_order(expert_index, positions, sizes)
             rows = dispatch.dispatch(groups, slots)
@@ -204,12 +238,26 @@ def _sending(execution, stages, parameters, groups, routing, capacity):
 def _on_sorted_rows(
     execution: Execution, num_rows: int, num_experts: int, most: int
 ) -> tuple[Callable, tuple[int, ...]]:
-    """What applies experts to sorted rows, and the blocks it wants them padded to."""
+    """What applies experts to sorted rows, and the blocks it wants them padded to.
+
+    Args:
+      execution: How.
+      num_rows: Rows to expect.
+      num_experts: Experts that they are for.
+      most: Rows that one of them can have at most.
+    """
+    num_rows = min(num_rows, num_experts * most)
     if execution.matmul == "blocks":
         sizes = grouped.block_sizes(num_rows, num_experts, most)
-        return functools.partial(grouped.apply_blocks, sizes=sizes), sizes
-    matmul = getattr(grouped_matmul, execution.matmul)
-    apply = functools.partial(grouped.apply_matmuls, grouped_matmul=matmul)
+        apply = functools.partial(grouped.apply_blocks, sizes=sizes, num_rows=num_rows)
+        return apply, sizes
+    matmul = {
+        "megablox": grouped_matmul.megablox,
+        "ragged_dot": grouped_matmul.ragged_dot,
+    }[execution.matmul]
+    apply = functools.partial(
+        grouped.apply_matmuls, grouped_matmul=matmul, num_rows=num_rows
+    )
     return apply, (1,)
 
 
@@ -242,3 +290,16 @@ _FILLING: dict[str, tuple[Callable, Callable]] = {
     "buffers": (_fill_buffers, _empty_buffers),
     "one_hot": (_fill_by_mask, _empty_by_mask),
 }
+
+_WAYS: dict[str, Callable] = {
+    "all_to_all": _exchanging,
+    "all_gather": _gathering,
+    "ragged_all_to_all": _sending,
+}
+
+_LAYOUTS = (*_FILLING, "sorted")
+_LAYOUTS_OF_EXCHANGE = {
+    "all_to_all": tuple(_FILLING),
+    "ragged_all_to_all": ("sorted",),
+}
+_MATMULS = ("blocks", "megablox", "ragged_dot")

@@ -9,12 +9,14 @@ with a matrix product.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from mtl_jax.flops import counted
 from mtl_jax.layers.moe import dispatch
 
 ROUNDING = 8
@@ -68,6 +70,7 @@ def apply_blocks(
     rows: Float[Array, "rows width"],
     count: Int[Array, " experts"],
     sizes: tuple[int, ...],
+    num_rows: int,
 ) -> Float[Array, "rows features"]:
     """Applies each expert to its own rows, block by block.
 
@@ -81,19 +84,21 @@ def apply_blocks(
         says; zero where padded.
       count: Rows of each expert without padding.
       sizes: Sizes of blocks, ascending.
+      num_rows: Rows of all experts to expect, for `mtl_jax.flops.count_flops`.
 
     Returns:
       The experts' outputs; zero behind the last expert's rows.
     """
-    return _apply_blocks(tuple(stages), tuple(sizes), parameters, rows, count)
+    blocks = _Blocks(tuple(sizes), num_rows)
+    return _apply_blocks(tuple(stages), blocks, parameters, rows, count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply_blocks(stages, sizes, parameters, rows, count):
-    return _forward(stages, sizes, parameters, rows, count)[0]
+def _apply_blocks(stages, blocks, parameters, rows, count):
+    return _forward(stages, blocks, parameters, rows, count)[0]
 
 
-def _forward(stages, sizes, parameters, rows, count):
+def _forward(stages, blocks, parameters, rows, count):
     def body(block: "_Block", outputs: list[PyTree]) -> list[PyTree]:
         mine = block.expert_of(parameters)
         value, written = block.of(rows), []
@@ -103,11 +108,11 @@ def _forward(stages, sizes, parameters, rows, count):
         return written
 
     # What passes between stages is kept; the last is the result.
-    outputs = _over_blocks(sizes, count, body, _stage_outputs(stages, parameters, rows))
+    outputs = blocks.each(count, body, _stage_outputs(stages, parameters, rows))
     return outputs[-1], (parameters, rows, outputs[:-1], count)
 
 
-def _backward(stages, sizes, residuals, cotangent):
+def _backward(stages, blocks, residuals, cotangent):
     parameters, rows, between, count = residuals
     inputs = [rows, *between]
 
@@ -132,11 +137,8 @@ def _backward(stages, sizes, residuals, cotangent):
             block.give_expert(gradients, mine_gradient),
         )
 
-    rows_gradient, gradients = _over_blocks(
-        sizes,
-        count,
-        body,
-        (_zeros_like(rows), _zeros_like(parameters)),
+    rows_gradient, gradients = blocks.each(
+        count, body, (_zeros_like(rows), _zeros_like(parameters))
     )
     return gradients, rows_gradient, None
 
@@ -179,38 +181,49 @@ class _Block:
         return jax.tree.map(give, totals, given)
 
 
-def _over_blocks(
-    sizes: tuple[int, ...],
-    count: Int[Array, " experts"],
-    body: Callable[[_Block, Any], Any],
-    carry: Any,
-) -> Any:
-    """Runs ``body`` for every block, one size after another.
+class _Blocks(NamedTuple):
+    """Sizes of blocks, ascending, and the rows to expect in all."""
 
-    Of each expert, the last block comes first: it may have any size, and most experts
-    have no other. There is a loop for each size rather than one that switches between
-    them, as XLA would copy what a switch changes.
-    """
-    padded = dispatch.padded_count(count, sizes)
-    full = dispatch.num_full(count, sizes)
-    start, last = jnp.cumsum(padded) - padded, dispatch.last_block(count, sizes)
-    last_start = start + full * sizes[-1]
+    sizes: tuple[int, ...]
+    num_rows: int
 
-    def run(carry, size, blocks, start, first):
-        done = jnp.cumsum(blocks)
+    def each(
+        self,
+        count: Int[Array, " experts"],
+        body: Callable[[_Block, Any], Any],
+        carry: Any,
+    ) -> Any:
+        """Runs ``body`` for every block, one size after another.
 
-        def one(i, carry):
-            expert = jnp.sum(done <= i, dtype=jnp.int32)
-            earlier = done[expert] - blocks[expert]
-            row = start[expert] + (i - earlier) * size
-            return body(_Block(size, row, expert, first), carry)
+        Of each expert, the last block comes first: it may have any size, and most
+        experts have no other. There is a loop for each size rather than one that
+        switches between them, as XLA would copy what a switch changes.
+        """
+        sizes = self.sizes
+        padded = dispatch.padded_count(count, sizes)
+        full = dispatch.num_full(count, sizes)
+        start, last = jnp.cumsum(padded) - padded, dispatch.last_block(count, sizes)
+        last_start = start + full * sizes[-1]
 
-        return jax.lax.fori_loop(0, done[-1], one, carry)
+        def run(carry, size, blocks, start, first, times):
+            done = jnp.cumsum(blocks)
 
-    for i, size in enumerate(sizes):
-        blocks = ((last == i) & (count > 0)).astype(count.dtype)
-        carry = run(carry, size, blocks, last_start, first=True)
-    return run(carry, sizes[-1], full, start, first=False)
+            def one(i, carry):
+                expert = jnp.sum(done <= i, dtype=jnp.int32)
+                earlier = done[expert] - blocks[expert]
+                row = start[expert] + (i - earlier) * size
+                return body(_Block(size, row, expert, first), carry)
+
+            def loop(carry):
+                return jax.lax.fori_loop(0, done[-1], one, carry)
+
+            return counted(loop, times)(carry)
+
+        none, all_rows = Fraction(0), Fraction(self.num_rows, sizes[-1])
+        for i, size in enumerate(sizes):
+            blocks = ((last == i) & (count > 0)).astype(count.dtype)
+            carry = run(carry, size, blocks, last_start, True, none)
+        return run(carry, sizes[-1], full, start, False, all_rows)
 
 
 def _stage_outputs(
@@ -249,6 +262,7 @@ def apply_matmuls(
     rows: Float[Array, "rows width"],
     count: Int[Array, " experts"],
     grouped_matmul: GroupedMatmul,
+    num_rows: int,
 ) -> Float[Array, "rows features"]:
     """Applies each expert to its own rows by matrix products of all experts at once.
 
@@ -258,15 +272,17 @@ def apply_matmuls(
       rows: Rows sorted by expert.
       count: Rows of each expert.
       grouped_matmul: Multiplies each row with the kernel of its expert.
+      num_rows: Rows of all experts to expect, for `mtl_jax.flops.count_flops`.
 
     Returns:
       The experts' outputs; zero behind the last expert's rows.
     """
+    multiply = counted(grouped_matmul, Fraction(num_rows, rows.shape[0]))
     owner = expert_of_row(count, rows.shape[0])
     there = jnp.arange(rows.shape[0]) < jnp.sum(count)
 
     def of_all_experts(values: Array, weights: PyTree) -> Array:
-        product = grouped_matmul(values, weights["kernel"], count)
+        product = multiply(values, weights["kernel"], count)
         if "bias" in weights:
             product = product + weights["bias"][owner]
         # What kernels leave behind the last row is not defined.

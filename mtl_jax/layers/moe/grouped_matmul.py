@@ -35,6 +35,9 @@ def megablox(
 ) -> Float[Array, "rows features"]:
     """The Pallas kernel for TPUs that JAX has (MegaBlocks; Gale et al., 2023).
 
+    Tiles of rows behind the last expert's are left out, and what the product has there
+    is not defined; the gradient of such rows is zero.
+
     Args:
       rows: Rows sorted by expert.
       kernel: One kernel an expert.
@@ -44,8 +47,6 @@ def megablox(
     num_rows = rows.shape[0]
     tile = _row_tile(num_rows, count.size)
     rows = jnp.pad(rows, ((0, -num_rows % tile), (0, 0)))
-    # Rows behind the last expert's go to it, so that all groups add up to all rows.
-    count = count.at[-1].add(rows.shape[0] - jnp.sum(count))
     product: Array = _megablox(interpret, rows, kernel, count)
     return product[:num_rows]
 
@@ -64,6 +65,8 @@ def _megablox_backward(interpret, residuals, cotangent):
     rows_gradient = _gmm(
         cotangent, kernel, count, transpose_rhs=True, interpret=interpret
     )
+    there = jnp.arange(rows.shape[0], dtype=count.dtype) < jnp.sum(count)
+    rows_gradient = jnp.where(there[:, None], rows_gradient, 0)
     with _their_promotion():
         kernel_gradient = tgmm(
             rows.swapaxes(0, 1),

@@ -109,7 +109,8 @@ class MoE(nn.Module):
             not divide into groups, or groups and experts not over the mesh; if there is
             no expert, or ``num_selected`` is not in ``[1, num_experts]``; if
             ``num_shared_experts`` is negative; if ``capacity_factor`` is not finite or
-            leaves no slot; or if ``task`` does not fit ``num_tasks``.
+            leaves no slot; if there is no such ``execution``; or if ``task`` does not
+            fit ``num_tasks``.
         """
         check_tokens(x)
         check_condition(condition, x.shape[0])
@@ -169,7 +170,8 @@ class MoE(nn.Module):
             capacity = slots_per_expert(
                 num_tokens, self.num_experts, self.num_selected, self.capacity_factor
             )
-        how = self.execution or choose(
+        how = choose(
+            asked=self.execution,
             num_assignments=decision.expert_index.size,
             num_experts=self.num_experts,
             num_selected=self.num_selected,

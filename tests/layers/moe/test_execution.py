@@ -2,6 +2,9 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from dense_oracle import (
     DROPLESS,
@@ -17,8 +20,9 @@ from dense_oracle import (
 )
 
 from mtl_jax.layers.mlp import Mlp, SwiGlu
-from mtl_jax.layers.moe import grouped, grouped_matmul
-from mtl_jax.layers.moe.execution import Execution
+from mtl_jax.layers.moe import MoE, MoeAttention, grouped, grouped_matmul
+from mtl_jax.layers.moe.execution import Execution, choose
+from mtl_jax.sharding import expert_parallel, make_mesh
 
 LOCAL = [
     Execution("all_gather", "buffers"),
@@ -88,3 +92,95 @@ def test_a_block_for_an_even_share(num_rows, num_experts):
     share = num_rows / num_experts
     fitting = min(size for size in sizes if size >= share)
     assert fitting <= share + grouped.ROUNDING
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_blocks_are_made_for_the_rows_of_one_devices_experts(devices, monkeypatch):
+    made, block_sizes = [], grouped.block_sizes
+
+    def recorded(*arguments):
+        made.append(block_sizes(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(grouped, "block_sizes", recorded)
+    mesh = make_mesh(expert=devices, devices=jax.devices()[:devices])
+    layer = MoE(8, 4, 1, capacity_factor=None)
+    x = jnp.ones((4, 256, 4))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(lambda: layer.init(jax.random.key(0), x, train=False))
+    # 4 · 256 tokens go to two experts each, which gives each of eight 256 rows.
+    assert made == [(128, 192, 224, 256, 288, 320, 384)]
+
+
+def test_tiles_behind_the_last_row_are_not_multiplied(monkeypatch):
+    monkeypatch.setattr(grouped_matmul, "TILE", 16)
+    count = jnp.asarray([5, 0, 15], jnp.int32)
+    rows = jnp.ones((64, 4)).at[20:].set(jnp.nan)
+    kernel = jnp.arange(1.0, 4)[:, None, None] * jnp.ones((3, 4, 6))
+
+    def product(rows, kernel):
+        return grouped_matmul.megablox(rows, kernel, count)[:20]
+
+    result, pull_back = jax.vjp(product, rows, kernel)
+    np.testing.assert_array_equal(result, [[4.0] * 6] * 5 + [[12.0] * 6] * 15)
+    rows_gradient, kernel_gradient = pull_back(jnp.ones_like(result))
+    np.testing.assert_array_equal(
+        rows_gradient, [[6.0] * 4] * 5 + [[18.0] * 4] * 15 + [[0.0] * 4] * 44
+    )
+    np.testing.assert_array_equal(kernel_gradient[:, 0, 0], [5, 0, 15])
+    np.testing.assert_array_equal(np.ptp(kernel_gradient, (1, 2)), 0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capacity_factor", "expected"),
+    [
+        ("gpu", 1.25, Execution("all_gather", "buffers")),
+        ("gpu", None, Execution("all_gather", "sorted")),
+        ("tpu", 1.25, Execution("all_gather", "buffers")),
+        ("tpu", None, Execution("all_gather", "sorted", "megablox")),
+        ("cpu", None, Execution("all_gather", "sorted")),
+    ],
+)
+def test_no_platform_multiplies_rows_with_kernels_of_others(
+    platform, capacity_factor, expected, monkeypatch
+):
+    monkeypatch.setattr(expert_parallel, "platform", lambda: platform)
+    chosen = choose(
+        num_assignments=4096,
+        num_experts=8,
+        num_selected=2,
+        capacity_factor=capacity_factor,
+        uses_matmuls=True,
+    )
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("execution", "message"),
+    [
+        (Execution("ring", "buffers"), "execution.exchange is 'ring'; choose from"),  # type: ignore[arg-type]
+        (Execution("all_gather", "buffer"), "execution.layout is 'buffer'; choose"),  # type: ignore[arg-type]
+        (Execution("all_gather", "sorted", "x"), "execution.matmul is 'x'; choose"),  # type: ignore[arg-type]
+        (
+            Execution("all_to_all", "sorted"),
+            "'sorted', but what 'all_to_all' exchanges is buffers or one_hot; choose",
+        ),
+        (
+            Execution("ragged_all_to_all", "buffers"),
+            "'buffers', but what 'ragged_all_to_all' exchanges is sorted; choose that",
+        ),
+        (
+            Execution("all_gather", "buffers", "ragged_dot"),
+            "'ragged_dot', which takes sorted rows and experts that have stages",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "layer", [functools.partial(MoE, 8, 4, 1), functools.partial(MoeAttention, 2, 8)]
+)
+def test_a_way_that_there_is_not(layer, execution, message):
+    layer = layer(execution=execution)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            lambda: layer.init(jax.random.key(0), jnp.ones((1, 6, 8)), train=False)
+        )

@@ -1,9 +1,35 @@
 """Floating-point operations of a function, counted from its jaxpr."""
 
 import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import jax
 from jax.extend import core
+
+_COUNTED = re.compile(r"flops_times_(\d+)_over_(\d+)")
+
+
+def counted(function: Callable, times: Fraction) -> Callable:
+    """The same function, whose operations `count_flops` multiplies.
+
+    For loops of which only the data say how often they run, and kernels that leave out
+    a part of what they are given.
+
+    Args:
+      function: Of arrays.
+      times: How often its operations are done, at least zero; a mean.
+    """
+
+    def function_of_arrays(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    # A function compiled by itself keeps its name when it is differentiated.
+    name = f"flops_times_{times.numerator}_over_{times.denominator}"
+    function_of_arrays.__name__ = name
+    return jax.jit(function_of_arrays)
 
 
 def count_flops(jaxpr: core.ClosedJaxpr) -> int:
@@ -11,10 +37,10 @@ def count_flops(jaxpr: core.ClosedJaxpr) -> int:
 
     XLA's own count takes the body of a loop once, however often it runs; this one
     multiplies by the length of each ``scan``. Of a ``cond`` the most expensive branch
-    counts, of a ``while`` one pass. A grouped product (``ragged_dot``) takes every row
-    once, whatever a platform makes of it. A Pallas kernel counts what it says of
-    itself, or else its body as often as its grid has steps of known number. Elementwise
-    operations are left out.
+    counts, of a ``while`` one pass, unless `counted` says more. A grouped product
+    (``ragged_dot``) takes every row once, whatever a platform makes of it. A Pallas
+    kernel counts what it says of itself, or else its body as often as its grid has
+    steps of known number. Elementwise operations are left out.
 
     Args:
       jaxpr: What `jax.make_jaxpr` or the ``jaxpr`` of a traced function gives.
@@ -22,14 +48,21 @@ def count_flops(jaxpr: core.ClosedJaxpr) -> int:
     Returns:
       The number of operations over all devices.
     """
-    return _count(jaxpr.jaxpr)
+    return round(_count(jaxpr.jaxpr))
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr: core.Jaxpr) -> Fraction:
+    used, total = set(map(id, jaxpr.outvars)), Fraction(0)
+    for equation in reversed(jaxpr.eqns):
+        # Compilers leave out what nobody uses, such as the value of a function of which
+        # only the transpose is wanted.
+        if equation.effects or not used.isdisjoint(map(id, equation.outvars)):
+            used.update(map(id, equation.invars))
+            total += _count_equation(equation)
+    return total
 
 
-def _count_equation(equation: core.JaxprEqn) -> int:
+def _count_equation(equation: core.JaxprEqn) -> Fraction | int:
     name, parameters = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = parameters["dimension_numbers"]
@@ -50,7 +83,7 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         return 2 * size * math.prod(kernel) // outputs
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in parameters["branches"])
-    repeats = parameters["length"] if name == "scan" else 1
+    repeats: Fraction | int = parameters["length"] if name == "scan" else 1
     if name == "pallas_call":
         if (estimate := parameters["cost_estimate"]) is not None:
             return estimate.flops
@@ -61,6 +94,8 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         names = ("newly_manual_axes", "manual_axes")
         axes = next(parameters[name] for name in names if name in parameters)
         repeats = math.prod(parameters["mesh"].shape[axis] for axis in axes)
+    if said := _COUNTED.fullmatch(str(parameters.get("name"))):
+        repeats = Fraction(*map(int, said.groups()))
     return repeats * sum(_count(inner) for inner in _inner(parameters))
 
 
