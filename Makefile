@@ -9,6 +9,7 @@ PYTHON := $(shell for name in python3.13 python3.12 python3.11 python3; do \
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROCESSES := auto
+TESTS :=
 PYTEST = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 export NO_MKDOCS_2_WARNING := 1
@@ -19,7 +20,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 help:
 	@echo "make demo    train the main job on data that ships with the project"
 	@echo "make test    check everything, and test all but what takes minutes"
-	@echo "make test-slow    the tests that take minutes"
+	@echo "make test-slow    the tests that take minutes; TESTS=tests/layers for a part"
 	@echo "make docs    build the documentation in site/"
 	@echo "make clean   remove .venv and what was built"
 
@@ -37,7 +38,7 @@ test: $(BIN)/.test
 	$(BIN)/pytest -m "not slow" $(PYTEST)
 
 test-slow: $(BIN)/.test
-	$(BIN)/pytest -m slow $(PYTEST)
+	$(BIN)/pytest -m slow $(PYTEST) $(TESTS)
 
 docs: $(BIN)/.test
 	$(BIN)/mkdocs build --strict
