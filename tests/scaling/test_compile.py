@@ -1,5 +1,6 @@
 """The command from end to end, and what the compiler's complaints become."""
 
+import importlib
 import json
 import os
 import platform
@@ -68,6 +69,36 @@ def test_a_step_is_compiled_and_described(tmp_path, monkeypatch, capsys):
         + sum(found["roofline"]["exposed"].values())
     )
     assert found["examples_per_second"] == pytest.approx(64 / found["seconds"])
+
+
+@pytest.mark.slow
+def test_a_chip_of_two_devices(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    topology = ("--topology", "tpu7x:2x2x1", "--set", "mixture.batch_size=64")
+    cli.main([*SMALL, *topology, "--quick", "--output", "found.json"])
+    printed = capsys.readouterr().out
+    assert "tpu7x:2x2x1: 4 chips, mesh data=2 fsdp=1 expert=4 model=1" in printed
+    assert "batch of 64 examples, 16 a chip" in printed
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["chips"], found["batch_size"]) == (4, 64)
+    (tokens,) = [t for t in found["collectives"] if t["kind"] == "all-to-all"]
+    assert tokens["count"] == 4
+
+
+@pytest.mark.slow
+def test_a_search_compiles_until_it_has_the_largest_batch(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    # Of so small a model any batch fits; it ends at 16 examples on each of 8 chips.
+    search = importlib.import_module("mtl_jax.scaling.search")
+    monkeypatch.setattr(search, "MOST_EXAMPLES", 16)
+    topology = ("--topology", "v5e:2x4", "--set", "mixture.batch_size=64")
+    cli.main([*SMALL, *topology, "--quick", "--search", "--output", "found.json"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["batch_size"], found["remat"]) == (128, False)
+    assert found["bytes"]["batch"] == pytest.approx(16 * 28 * 28, rel=0.05)
+    assert "batch of 128 examples, 16 a chip" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
