@@ -83,15 +83,14 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def open_run(options: argparse.Namespace, devices: Any = None) -> tuple[Any, Any]:
-    """The program and the folder of a run that there is already."""
+    """The program and the folder, which is only read, of a run that there is."""
     from mtl_jax import configuration, train
-    from mtl_jax.sharding import distributed
 
     # Orbax would warn that it writes nothing to the run, as it was told.
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not (options.run / "config.json").is_file():
         raise ValueError(f"{options.run} holds no run: it has no config.json")
-    folder = train.RunFolder(options.run, writes=distributed.is_main())
+    folder = train.RunFolder(options.run, writes=False)
     document = folder.read_json("config.json") or {}
     config = configuration.from_document(document, options.trust)
     experiment = configuration.build(config)

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,7 @@ def _train(options: argparse.Namespace) -> None:
             fallback = train.Fallback(options.fallback_dir, document)
         # Made only now: a mistake leaves no folder behind.
         folder = train.RunFolder(workdir, writes=distributed.is_main())
-        saved = folder.read_json("config.json")
-        if saved is not None:
-            _check_unchanged(configuration.differences(saved, document), workdir)
-        result = folder.read_json("result.json")
-        distributed.check_same([document, saved, result])
-        distributed.check_shared(workdir)
+        _, result = _look(folder, document)
     if result is None:
         stopped_by, fault = 0, None
         with (
@@ -91,19 +87,24 @@ def _train(options: argparse.Namespace) -> None:
             train.StopSignals() as signals,
             train.locked(workdir),
         ):
-            if saved is not None and distributed.is_main():
-                _tell_of_mesh(saved.get("mesh"), document["mesh"])
-            folder.write_json("config.json", document)
+            with user_errors():
+                distributed.check_shared(workdir)
+                # Another command may have trained while this one waited for the lock.
+                saved, result = _look(folder, document)
             try:
-                result = train.train(
-                    program,
-                    folder,
-                    name,
-                    make_observers(options, name, document, experiment, folder),
-                    signals=signals,
-                    fallback=fallback,
-                    debug_nans=options.debug_nans,
-                )
+                if result is None:
+                    if saved is not None and distributed.is_main():
+                        _tell_of_mesh(saved.get("mesh"), document["mesh"])
+                    folder.write_json("config.json", document)
+                    result = train.train(
+                        program,
+                        folder,
+                        name,
+                        make_observers(options, name, document, experiment, folder),
+                        signals=signals,
+                        fallback=fallback,
+                        debug_nans=options.debug_nans,
+                    )
             except train.StoppedError as error:
                 stopped_by = error.number
             except train.NumericalFaultError as error:
@@ -126,19 +127,51 @@ def _train(options: argparse.Namespace) -> None:
     print(f"\nreport: {page}")
 
 
-def _check_unchanged(changed: list[str], workdir: Path) -> None:
-    """Refuses to continue a run of another config.
+def _look(
+    folder: Any, document: Mapping[str, Any]
+) -> tuple[Mapping[str, Any] | None, dict[str, Any] | None]:
+    """Config and result of the run that a folder holds, each None if there is none.
 
     Args:
-      changed: Lines of `configuration.differences`. Those of the mesh do not matter.
-      workdir: The run's folder.
+      folder: The `mtl_jax.train.RunFolder`.
+      document: Content of the ``config.json`` of what is to be trained there.
+
+    Raises:
+      ValueError: If the run, or the newest of its checkpoints, is of another config, a
+        file is damaged, or processes find different things.
     """
-    changed = [line for line in changed if not line.startswith("mesh.")]
+    from mtl_jax import train
+    from mtl_jax.sharding import distributed
+
+    saved, result = map(folder.read_json, ("config.json", "result.json"))
+    if saved is not None:
+        _check_unchanged(f"{folder.path} holds a run", saved, document)
+    # That file may be lost, or not be that of the run.
+    found = train.saved_config(folder.path / train.CHECKPOINTS)
+    if found is not None:
+        checkpoint, config = found
+        _check_unchanged(f"the checkpoint {checkpoint} is", config, document)
+        saved = saved or config
+    distributed.check_same([document, saved, result])
+    return saved, result
+
+
+def _check_unchanged(
+    what: str, saved: Mapping[str, Any], document: Mapping[str, Any]
+) -> None:
+    """Refuses to continue what is of another config, but for the mesh."""
+    from mtl_jax import configuration
+
+    changed = [
+        line
+        for line in configuration.differences(saved, document)
+        if not line.startswith("mesh.")
+    ]
     if changed:
         more = f"; and {len(changed) - 10} more" if len(changed) > 10 else ""
         raise ValueError(
-            f"{workdir} holds a run of another config; choose another --workdir, or "
-            f"undo these differences: {'; '.join(changed[:10])}{more}"
+            f"{what} of another config; choose another --workdir, or undo these "
+            f"differences: {'; '.join(changed[:10])}{more}"
         )
 
 

@@ -30,7 +30,7 @@ from mtl_jax.train.integrity import (
     check_contents,
     check_files,
 )
-from mtl_jax.train.run_folder import RunFolderError
+from mtl_jax.train.run_folder import RunFolderError, storage_fault
 from mtl_jax.train.state import TrainState
 
 FILE_BYTES = 2**27
@@ -109,11 +109,15 @@ class Checkpoints:
           step: Number of updates done.
           state: The training state.
           data: The iterator over training batches, which stands at that step.
+
+        Raises:
+          RunFolderError: If Orbax writes nothing, as it does without a word where
+            there is a checkpoint of that step or a later one.
         """
         saved = _as_pytree(state)
         description = {"format": FORMAT, "step": step, **self._description}
         description["arrays"] = array_types(saved)
-        self._manager.save(
+        written = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(  # type: ignore[call-arg]
@@ -123,6 +127,17 @@ class Checkpoints:
                 run=ocp.args.JsonSave(description),  # type: ignore[call-arg]
             ),
         )
+        if not written:
+            raise RunFolderError(
+                f"the checkpoint of step {step} is not written, as {self._directory} "
+                f"has one of step {self.latest_step}; move that out of the folder, and "
+                "the run continues from the one before"
+            )
+
+    def list_again(self) -> list[int]:
+        """`steps` as they are now, where another process may save and delete."""
+        self._manager.reload()
+        return self.steps
 
     def restore_newest(
         self, like: Callable[[], TrainState]
@@ -130,7 +145,8 @@ class Checkpoints:
         """The newest checkpoint that is whole.
 
         Newer ones that are damaged are named on stderr and, unless ``read_only``, get
-        the name ``STEP.damaged``.
+        the name ``STEP.damaged``. Where another process may be training, what it has
+        deleted meanwhile is no damage.
 
         Args:
           like: Makes what `restore_state` takes.
@@ -144,11 +160,19 @@ class Checkpoints:
         """
         wanted: TrainState | None = None
         damaged: list[DamagedCheckpointError] = []
-        for step in reversed(self.steps):
+        listed = self.steps
+        left = [*listed]
+        while left:
+            step = left.pop()
             wanted = wanted or like()
             try:
                 state = self.restore_state(step, wanted)
-            except DamagedCheckpointError as error:
+            except RunFolderError as error:
+                if self._read_only and (now := self.list_again())[-1:] != listed[-1:]:
+                    listed, left, damaged = now, [*now], []
+                    continue
+                if not isinstance(error, DamagedCheckpointError):
+                    raise
                 damaged.append(error)
                 continue
             self._pass_over(damaged, step)
@@ -161,7 +185,8 @@ class Checkpoints:
         )
         raise RunFolderError(
             f"the checkpoint {first.folder} is damaged ({first.reason}){also}, and "
-            "there is none before; restore one from a copy, or delete the run folder"
+            "there is none before; restore one from a copy, or begin anew in another "
+            "folder"
         )
 
     def restore_state(self, step: int, like: TrainState) -> TrainState:
@@ -227,6 +252,12 @@ class Checkpoints:
         except UNREADABLE as error:
             # Orbax and its storage raise each of these, with pages of text.
             reason = str(error).partition("\n")[0][:100]
+            fault = storage_fault(error)
+            if fault is not None or isinstance(error, OSError):
+                raise RunFolderError(
+                    f"the checkpoint {folder} cannot be read: {fault or reason}; try "
+                    "again, and look after the storage if it stays so"
+                ) from error
             raise RunFolderError(
                 f"the checkpoint {folder} cannot be restored ({reason}), though its "
                 "files are as they were written; use the versions of the packages "

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from mtl_jax.sharding.rules import path_name
+from mtl_jax.train.integrity import (
+    DamagedCheckpointError,
+    checked_text,
+    saved_steps,
+)
 from mtl_jax.train.program import Program
 from mtl_jax.train.result import versions
 
@@ -32,6 +39,37 @@ def describe(program: Program, config: Mapping[str, Any] | None) -> dict[str, An
         "mesh": dict(program.mesh.shape),
         "versions": versions(),
     }
+
+
+def saved_config(directory: Path) -> tuple[Path, Mapping[str, Any]] | None:
+    """The config by which a run's newest checkpoint was trained, and which one that is.
+
+    Checkpoints whose description is damaged are passed over.
+
+    Args:
+      directory: The folder of all of them.
+
+    Returns:
+      Folder of the checkpoint and content of ``config.json`` then; None if there is no
+      checkpoint, or none that knows.
+
+    Raises:
+      RunFolderError: If a checkpoint is of a later format, or cannot be read.
+    """
+    for step in reversed(saved_steps(directory)):
+        folder = directory / str(step)
+        try:
+            text = checked_text(folder, "run/metadata")
+        except DamagedCheckpointError:
+            continue
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError):
+            # Not what we write: it is refused when it is restored.
+            return None
+        config = document.get("config") if isinstance(document, Mapping) else None
+        return (folder, config) if isinstance(config, Mapping) else None
+    return None
 
 
 def task_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

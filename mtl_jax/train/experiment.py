@@ -75,6 +75,8 @@ class Experiment:
       seed: Seed of parameters, data order and every other random choice.
       evaluate_every: Updates between evaluations on test data.
       checkpoint_every: Updates between checkpoints.
+      checkpoints_kept: How many of the newest checkpoints to keep; with 1 there is
+        none to go back to where that is damaged.
       log_every: Updates between lines of metrics.
       evaluation_batch_size: Examples in an evaluation batch.
       evaluation_examples: Test records of each source that evaluations *during*
@@ -98,6 +100,7 @@ class Experiment:
     seed: int = 0
     evaluate_every: int = 1000
     checkpoint_every: int = 1000
+    checkpoints_kept: int = 2
     log_every: int = 10
     evaluation_batch_size: int = 64
     evaluation_examples: int | None = None

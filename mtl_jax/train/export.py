@@ -18,6 +18,7 @@ from mtl_jax.models.inference import (
     single_examples,
 )
 from mtl_jax.train.program import Program
+from mtl_jax.train.run_folder import open_without_links
 from mtl_jax.train.state import TrainState
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -154,6 +155,9 @@ def write_export(path: Path, data: bytes, description: Mapping[str, Any]) -> Pat
     text = json.dumps(dict(description), indent=1) + "\n"
     for target, content in ((path, data), (beside, text.encode())):
         temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_bytes(content)
+        # What a killed process left, or a stranger's link.
+        temporary.unlink(missing_ok=True)
+        with open_without_links(temporary, "xb") as file:
+            file.write(content)
         os.replace(temporary, target)
     return beside

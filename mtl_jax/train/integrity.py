@@ -12,13 +12,19 @@ from typing import NamedTuple
 
 from orbax.checkpoint import path as orbax_path
 
-from mtl_jax.train.run_folder import RunFolderError
+from mtl_jax.train.run_folder import RunFolderError, open_without_links
 
 FORMAT = 1
 """Number of the format of checkpoints; a higher one cannot be read."""
 
 MANIFEST = "manifest.json"
 """Name of the file, inside a checkpoint, that lists the others."""
+
+FIRST = "first_checkpoint.json"
+"""Name of the file, in a run's folder, that its first complete checkpoint leaves.
+
+Where it is and there are no checkpoints, they are lost.
+"""
 
 SMALL = 2**20
 """Bytes up to which a file is read at once; those with the arrays are larger."""
@@ -78,6 +84,14 @@ class CheckedTemporaryPath(orbax_path.atomicity.AtomicRenameTemporaryPath):
         ).finalize()
         await asyncio.to_thread(write_manifest, Path(complete))
         await asyncio.to_thread(os.rename, complete, self._final_path)
+        await asyncio.to_thread(_leave_a_mark, Path(self._final_path))
+
+
+def _leave_a_mark(folder: Path) -> None:
+    mark = folder.parent.parent / FIRST
+    if not mark.exists():
+        with open_without_links(mark, "w") as file:
+            file.write(f'{{"step": {folder.name}}}\n')
 
 
 def write_manifest(folder: Path) -> None:
@@ -157,6 +171,31 @@ def check_contents(folder: Path, entries: Mapping[str, Entry]) -> None:
                 raise DamagedCheckpointError(folder, f"{name} has another content")
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    # One that is still being written has another name.
+    names = [path.name for path in directory.glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def checked_text(folder: Path, name: str) -> str:
+    """Content of a file of a checkpoint that is as it was written.
+
+    Args:
+      folder: The checkpoint.
+      name: Of the file, relative to the folder.
+
+    Raises:
+      DamagedCheckpointError: If it is missing or has another content.
+      RunFolderError: If the checkpoint is of a later format, or cannot be read.
+    """
+    entries = _read_manifest(folder)
+    if name not in entries:
+        raise DamagedCheckpointError(folder, f"{MANIFEST} does not list {name}")
+    check_contents(folder, {name: entries[name]})
+    return (folder / name).read_text()
+
+
 def _read_manifest(folder: Path) -> dict[str, Entry]:
     try:
         written = (folder / MANIFEST).read_bytes()
@@ -223,6 +262,7 @@ def _unreadable(folder: Path, name: str, error: OSError) -> RunFolderError:
         return DamagedCheckpointError(folder, f"{name} is missing")
     if error.errno == errno.EIO:
         return DamagedCheckpointError(folder, f"{name} cannot be read from the disk")
-    return RunFolderError(
-        f"{folder / name} cannot be read: {error.strerror}; make it readable"
-    )
+    remedy = "make it readable"
+    if not isinstance(error, PermissionError):
+        remedy = "try again, and look after the storage if it stays so"
+    return RunFolderError(f"{folder / name} cannot be read: {error.strerror}; {remedy}")

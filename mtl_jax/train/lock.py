@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtl_jax.sharding.distributed import is_main
-from mtl_jax.train.run_folder import RunFolderError
+from mtl_jax.train.run_folder import RunFolderError, open_without_links
 
 if sys.platform != "win32":
     import fcntl
@@ -36,13 +36,14 @@ def locked(folder: Path, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]
         be dead.
 
     Raises:
-      RunFolderError: If another process trains there.
+      RunFolderError: If another process trains there, or there is a link in the place
+        of the file.
     """
     if sys.platform == "win32" or not is_main():
         yield
         return
-    with (folder / LOCK).open("a+") as file:
-        deadline = time.monotonic() + lease_seconds
+    with open_without_links(folder / LOCK, "a+") as file:
+        deadline, told = time.monotonic() + lease_seconds, False
         while not _take(file.fileno()):
             file.seek(0)
             process, _, host = file.read(200).strip().partition(" ")
@@ -51,6 +52,13 @@ def locked(folder: Path, lease_seconds: float = LEASE_SECONDS) -> Iterator[None]
                     f"{folder} is being trained by another command (process {process} "
                     f"of {host}); wait for it or stop it, or choose another --workdir"
                 )
+            if not told:
+                print(
+                    f"{folder} is being trained by process {process} of {host}, or was "
+                    f"when that died; waits up to {lease_seconds:.0f} s for it",
+                    file=sys.stderr,
+                )
+                told = True
             time.sleep(min(1.0, lease_seconds))
         file.truncate(0)
         file.write(f"{os.getpid()} {socket.gethostname()}\n")

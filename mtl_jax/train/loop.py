@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,11 +18,12 @@ from mtl_jax.train.evaluate import CutShortError, make_evaluate
 from mtl_jax.train.experiment import Experiment
 from mtl_jax.train.fault_log import SPIKES, FaultLog
 from mtl_jax.train.faults import REPORT
+from mtl_jax.train.integrity import FIRST
 from mtl_jax.train.observer import Observer
 from mtl_jax.train.program import Program
 from mtl_jax.train.progress import ProgressDisplay
 from mtl_jax.train.rescue import Fallback, Unwritten, rescue
-from mtl_jax.train.result import describe_run, task_results
+from mtl_jax.train.result import describe_run
 from mtl_jax.train.run_folder import (
     RunFolder,
     RunFolderError,
@@ -109,7 +109,9 @@ def _train(
     started = time.monotonic()
     experiment = program.experiment
     description = describe(program, folder.read_json("config.json"))
-    checkpoints = Checkpoints(folder.path / CHECKPOINTS, description)
+    checkpoints = Checkpoints(
+        folder.path / CHECKPOINTS, description, keep=experiment.checkpoints_kept
+    )
     try:
         state, batches, timings, faults, unevaluated = _start_or_continue(
             program, checkpoints, folder, started
@@ -175,61 +177,6 @@ def _explained(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def evaluate_run(
-    program: Program, folder: RunFolder, step: int | None
-) -> tuple[int, dict]:
-    """Evaluates a checkpoint on all test records.
-
-    Args:
-      program: The run's program.
-      folder: The run's folder.
-      step: Which checkpoint; the newest by default.
-
-    Returns:
-      The step and ``{task: {metric: value}}``.
-
-    Raises:
-      RunFolderError: If there is no such checkpoint, or it is damaged or of another
-        config.
-    """
-    state = restore_run(program, folder, step)
-    scores = make_evaluate(program)(state.variables, None)
-    return int(state.step), task_results(program.experiment, scores)
-
-
-def restore_run(program: Program, folder: RunFolder, step: int | None) -> TrainState:
-    """The state at a checkpoint of a run.
-
-    Args:
-      program: The run's program.
-      folder: The run's folder.
-      step: Which checkpoint; by default the newest that is whole, and those that are
-        damaged are named on stderr.
-
-    Raises:
-      RunFolderError: If there is no such checkpoint, or it is damaged or of another
-        config.
-    """
-    directory = folder.path / CHECKPOINTS
-    if not directory.is_dir():
-        raise RunFolderError(f"{folder.path} has no checkpoints yet; train it first")
-    description = describe(program, folder.read_json("config.json"))
-    checkpoints = Checkpoints(directory, description, read_only=True)
-    try:
-        if step is None:
-            newest = checkpoints.restore_newest(program.fresh_state)
-            if newest is None:
-                raise RunFolderError(f"{directory} is empty; train the run first")
-            return newest[1]
-        if step not in checkpoints.steps:
-            raise RunFolderError(
-                f"{directory} has no checkpoint {step}; it has {checkpoints.steps}"
-            )
-        return checkpoints.restore_state(step, program.fresh_state())
-    finally:
-        checkpoints.close()
-
-
 def _start_or_continue(
     program: Program, checkpoints: Checkpoints, folder: RunFolder, started: float
 ) -> tuple[
@@ -245,7 +192,7 @@ def _start_or_continue(
     )
     latest, state = checkpoints.restore_newest(program.fresh_state) or (None, None)
     if latest is None:
-        _check_that_it_is_new(folder, experiment.checkpoint_every)
+        _check_that_it_is_new(folder)
     timings = Timings(experiment.mixture.batch_size, started)
     logged = folder.truncate(
         METRICS, latest or 0, functools.partial(_counted_faults, latest=latest)
@@ -286,15 +233,13 @@ def _counted_faults(
     return None
 
 
-def _check_that_it_is_new(folder: RunFolder, checkpoint_every: int) -> None:
-    """Refuses to begin anew where checkpoints must have been, and are not."""
-    lines = folder.truncate(METRICS, sys.maxsize, lambda line: line)
-    # A save waits for the one before: the first is complete after two of them.
-    if lines and lines[-1]["step"] > 2 * checkpoint_every:
+def _check_that_it_is_new(folder: RunFolder) -> None:
+    """Refuses to begin anew where checkpoints have been, and are not."""
+    if (folder.path / FIRST).exists():
         raise RunFolderError(
-            f"{folder.path / METRICS} goes up to step {lines[-1]['step']}, but there "
-            f"is no checkpoint in {folder.path / CHECKPOINTS}: put them back, or "
-            "choose another --workdir to begin anew"
+            f"there is no checkpoint in {folder.path / CHECKPOINTS}, but "
+            f"{folder.path / FIRST} says that there was one: put them back, or choose "
+            "another --workdir to begin anew"
         )
 
 

@@ -11,6 +11,7 @@ from mtl_jax.models.inference import first_choices
 from mtl_jax.sharding.distributed import is_main
 from mtl_jax.train.evaluate import make_predict
 from mtl_jax.train.program import Program
+from mtl_jax.train.run_folder import open_without_links
 
 NUM_TILES = 6
 NUM_MISTAKES = 24
@@ -38,8 +39,10 @@ def write_samples(path: Path, program: Program, params: Mapping) -> None:
     if not is_main():
         return
     temporary = path.with_name(f".{path.name}")
-    np.savez_compressed(temporary, **arrays)
-    # NumPy adds the suffix that a hidden name has already.
+    # What a killed process left, or a stranger's link.
+    temporary.unlink(missing_ok=True)
+    with open_without_links(temporary, "xb") as file:
+        np.savez_compressed(file, **arrays)
     temporary.replace(path)
 
 

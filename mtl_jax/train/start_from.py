@@ -21,6 +21,7 @@ from mtl_jax.train.integrity import (
     DamagedCheckpointError,
     check_contents,
     check_files,
+    saved_steps,
 )
 from mtl_jax.train.run_folder import RunFolderError
 
@@ -142,22 +143,29 @@ def _read(run: str, *, shapes_only: bool) -> tuple[str, Any]:
     are not checked. A ValueError if the run keeps more than parameters.
     """
     directory = Path(run) / "checkpoints"
-    # A checkpoint that is still being written has another name.
-    steps = [int(path.name) for path in directory.glob("*") if path.name.isdecimal()]
-    if not steps:
+    listed = saved_steps(directory)
+    if not listed:
         raise RunFolderError(f"{run} has no checkpoints to start from; train it first")
-    damaged = []
-    for step in sorted(steps, reverse=True):
+    damaged, left = [], [*listed]
+    while left:
+        step = left.pop()
         folder = directory / str(step)
         try:
             large = check_files(folder)
             if not shapes_only:
                 check_contents(folder, large)
-        except DamagedCheckpointError as error:
+            read = _restore(run, folder, shapes_only=shapes_only)
+        except (OSError, ValueError) as error:
+            # The other run may be training, and delete what it has replaced.
+            now = saved_steps(directory)
+            if now and now[-1] != listed[-1]:
+                listed, left, damaged = now, [*now], []
+                continue
+            if not isinstance(error, DamagedCheckpointError):
+                raise
             damaged.append(f"the checkpoint {folder} is damaged ({error.reason})")
             continue
-        origin = "; ".join([f"step {step} of {run}", *damaged])
-        return origin, _restore(run, folder, shapes_only=shapes_only)
+        return "; ".join([f"step {step} of {run}", *damaged]), read
     raise RunFolderError(
         f"{'; '.join(damaged)}, and there is no other to start from; restore one from "
         "a copy, or train the run again"

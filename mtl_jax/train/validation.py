@@ -86,6 +86,7 @@ def _check_numbers(experiment: Experiment) -> None:
         "num_steps",
         "evaluate_every",
         "checkpoint_every",
+        "checkpoints_kept",
         "log_every",
         "evaluation_batch_size",
         "evaluation_examples",

@@ -66,10 +66,7 @@ def continued(run_folder, folder):
 def test_a_run_may_continue_on_another_mesh(
     run_folder, empty_folder, monkeypatch, capsys
 ):
-    def stop(*_, **__):
-        raise train.StoppedError(15)
-
-    monkeypatch.setattr(train, "train", stop)
+    stops(monkeypatch)
     copy = continued(run_folder, empty_folder)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["train", *MAIN, "--workdir", "copy", "--set", "mesh.expert=2"])
@@ -83,6 +80,100 @@ def test_a_run_may_continue_on_another_mesh(
     saved = json.loads((copy / "config.json").read_text())
     assert saved["mesh"] == {"data": 4, "fsdp": 1, "expert": 2, "model": 1}
     assert saved["fields"]["mesh.expert"] == 2
+
+
+def stops(monkeypatch):
+    """Lets a run that would be trained stop at once."""
+
+    def stop(*_, **__):
+        raise train.StoppedError(15)
+
+    monkeypatch.setattr(train, "train", stop)
+
+
+def trains(*arguments):
+    """Whether a command comes to train, and is stopped there."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *MAIN, "--workdir", "copy", *arguments])
+    return exit_.value.code == 128 + 15
+
+
+def test_a_run_that_lost_its_config_continues_under_the_same_alone(
+    run_folder, empty_folder, monkeypatch, mistake
+):
+    stops(monkeypatch)
+    copy = continued(run_folder, empty_folder)
+    (copy / "config.json").unlink()
+    error = mistake("train", *MAIN, "--workdir", "copy", "--seed", 5)
+    assert "the checkpoint copy/checkpoints/2 is of another config; choose" in error
+    assert "undo these differences: seed: 0 -> 5" in error
+    assert not (copy / "config.json").exists()
+    # Of another mesh it may be.
+    assert trains("--set", "mesh.expert=2")
+
+
+@pytest.mark.slow
+def test_a_config_in_the_place_of_that_of_the_checkpoints(
+    run_folder, empty_folder, monkeypatch, mistake
+):
+    stops(monkeypatch)
+    copy = continued(run_folder, empty_folder)
+    config = (copy / "config.json").read_bytes()
+    (copy / "config.json").unlink()
+    assert trains()
+    assert (copy / "config.json").read_bytes() == config
+    (copy / "config.json").write_bytes(config.replace(b'"seed": 0', b'"seed": 5'))
+    error = mistake("train", *MAIN, "--workdir", "copy", "--seed", 5)
+    assert "the checkpoint copy/checkpoints/2 is of another config" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_torn_document_is_deleted_and_the_run_continues(
+    run_folder, empty_folder, monkeypatch, mistake, name
+):
+    stops(monkeypatch)
+    copy = continued(run_folder, empty_folder)
+    (copy / name).write_bytes((run_folder / name).read_bytes()[:100])
+    error = mistake("train", *MAIN, "--workdir", "copy")
+    assert f"copy/{name} is not valid JSON" in error
+    assert "mend this file or delete it alone: the command that trains" in error
+    (copy / name).unlink()
+    assert trains()
+
+
+def another_trains_first(monkeypatch, path, content):
+    """Writes a file as if by another command whose lock this one waits for."""
+
+    @contextlib.contextmanager
+    def locked(_):
+        path.write_bytes(content)
+        yield
+
+    monkeypatch.setattr(train, "locked", locked)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_command_began_while_this_one_waited(
+    run_folder, empty_folder, monkeypatch, mistake
+):
+    copy = continued(run_folder, empty_folder)
+    content = (copy / "config.json").read_bytes()
+    other = content.replace(b'"seed": 0', b'"seed": 5')
+    another_trains_first(monkeypatch, copy / "config.json", other)
+    error = mistake("train", *MAIN, "--workdir", "copy")
+    assert "copy holds a run of another config" in error
+
+
+def test_a_run_that_another_command_finished_while_this_one_waited(
+    run_folder, empty_folder, monkeypatch, capsys
+):
+    stops(monkeypatch)
+    copy = continued(run_folder, empty_folder)
+    result = (run_folder / "result.json").read_bytes()
+    another_trains_first(monkeypatch, copy / "result.json", result)
+    cli.main(["train", *MAIN, "--workdir", "copy"])
+    assert "report: copy/report.html" in capsys.readouterr().out
 
 
 def test_a_fallback_that_is_none(run_folder, mistake, empty_folder):
@@ -128,7 +219,7 @@ def test_a_fault_of_the_program_is_not_the_user_s(
     monkeypatch.setattr(train.program.Program, "compile_step", fail)
     with pytest.raises(ValueError, match="cannot reshape"):
         cli.main(["train", *SMALL])
-    monkeypatch.setattr(train.loop, "make_evaluate", fail)
+    monkeypatch.setattr(train.saved_run, "make_evaluate", fail)
     with pytest.raises(ValueError, match="cannot reshape"):
         cli.main(["eval", str(run_folder)])
     assert "mtl-jax: error" not in capsys.readouterr().err
@@ -144,7 +235,7 @@ def test_a_run_leaves_its_files(run_folder):
         "checkpoints",
         "report.html",
     }
-    assert not [name for name in names if name.endswith(".tmp") or name == ".writable"]
+    assert {name for name in names if name.startswith(".")} == {".lock"}
     assert {path.name for path in (run_folder / "checkpoints").iterdir()} >= {"2", "4"}
 
 
@@ -228,6 +319,23 @@ def test_a_finished_run_with_damaged_metrics(run_folder, mistake, empty_folder):
     assert "metrics.jsonl, line 1" in mistake("train", *arguments)
 
 
+@pytest.fixture
+def untouched(run_folder):
+    """A run in whose folder nothing is made, written or removed, not even for a moment.
+
+    Then the time of a folder or file would be another one.
+    """
+
+    def times():
+        paths = [run_folder, *run_folder.rglob("*")]
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    before = times()
+    yield
+    assert times() == before
+
+
+@pytest.mark.usefixtures("untouched")
 def test_eval_finds_the_metrics_of_the_result(finished_run, capsys):
     run_folder, trained = finished_run
     cli.main(["eval", str(run_folder)])
@@ -238,6 +346,7 @@ def test_eval_finds_the_metrics_of_the_result(finished_run, capsys):
     assert found == values(trained.replace(str(run_folder), ""))
 
 
+@pytest.mark.usefixtures("untouched")
 def test_export_writes_a_program_and_what_it_takes(run_folder, capsys, empty_folder):
     cli.main(
         ["export", str(run_folder), "--task", "climate", "--output", "a/climate.bin"]

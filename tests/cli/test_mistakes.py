@@ -53,6 +53,7 @@ def test_an_unknown_variant_lists_the_known(mistake):
         ("seed", "not of the form path=value"),
         ("num_steps=0", "num_steps is 0; it must be at least 1"),
         ("evaluation_examples=0", "evaluation_examples is 0"),
+        ("checkpoints_kept=0", "checkpoints_kept is 0; it must be at least 1"),
         ("tasks.digit.name=letter", "task 'letter' has no labelled source"),
         ("mixture.components.digits.tasks=()", "'digit' has no labelled source"),
         ("mixture.components.digits.weight=0", "'digit' has no labelled source"),

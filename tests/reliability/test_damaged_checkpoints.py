@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mtl_jax.train import RunFolderError, integrity
+from mtl_jax.train import RunFolderError, integrity, saved_config
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.integrity import MANIFEST, DamagedCheckpointError
 from mtl_jax.train.state import TrainState
@@ -203,6 +203,7 @@ def test_all_damaged_is_an_error_and_none_is_renamed(folder, read):
         read(folder).restore_newest(lambda: state(0))
     assert f"{folder}/4 is damaged (state/" in str(error.value)
     assert f"so is 2 ({MANIFEST} is missing)" in str(error.value)
+    assert "from a copy, or begin anew in another folder" in str(error.value)
     assert {path.name for path in folder.iterdir()} == {"2", "4"}
 
 
@@ -216,6 +217,7 @@ def test_what_the_disk_cannot_read_is_damaged_and_what_is_locked_is_not(
     for number, kind, expected in (
         (errno.EIO, DamagedCheckpointError, "cannot be read from the disk"),
         (errno.EACCES, RunFolderError, "cannot be read: Permission denied; make it"),
+        (errno.EMFILE, RunFolderError, "cannot be read: Too many open files; try"),
     ):
 
         def fail(*_, number=number):
@@ -226,6 +228,67 @@ def test_what_the_disk_cannot_read_is_damaged_and_what_is_locked_is_not(
             with pytest.raises(RunFolderError, match=expected) as error:
                 read(folder, read_only=True).restore_state(4, state(0))
         assert type(error.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (OSError(errno.EMFILE, "said by the system"), "read: Too many open files; try"),
+        (ValueError("[os_error_code='12'] ..."), "read: Cannot allocate memory; try"),
+        (
+            OSError("no number"),
+            "read: no number; try again, and look after the storage",
+        ),
+        (ValueError("unknown codec"), r"restored \(unknown codec\), though its files"),
+    ],
+)
+def test_storage_that_fails_is_not_blamed_on_packages(
+    folder, read, monkeypatch, failure, expected
+):
+    def fail(*_, **__):
+        raise failure
+
+    checkpoints = read(folder, read_only=True)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(RunFolderError, match=f"checkpoints/4 cannot be {expected}"):
+        checkpoints.restore_state(4, state(0))
+
+
+def test_what_a_run_that_trains_has_deleted_is_no_damage(written, tmp_path, read):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(written / "2", folder / "2")
+    checkpoints = read(folder, read_only=True)
+    assert checkpoints.steps == [2]
+
+    def like():
+        # Once the steps are listed, before the first is read.
+        (folder / "2").rename(tmp_path / "deleted")
+        shutil.copytree(written / "4", folder / "4")
+        return state(0)
+
+    step, restored = checkpoints.restore_newest(like)
+    assert step == restored.step == 4
+
+
+def test_the_config_of_the_newest_checkpoint_that_tells_it(folder):
+    assert saved_config(folder.parent / "nowhere") is None
+    config = DESCRIPTION["config"]
+    assert saved_config(folder) == (folder / "4", config)
+    (folder / "4" / "run" / "metadata").write_text('{"config": {}}')
+    assert saved_config(folder) == (folder / "2", config)
+
+
+@pytest.mark.parametrize("text", ["3", "{", "[" * 100_000, '{"config": 3}', "{}"])
+def test_a_stranger_s_checkpoint_that_tells_no_config(folder, text):
+    (folder / "4" / "run" / "metadata").write_text(text)
+    entry = {
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "size": len(text),
+    }
+    rewrite_manifest(
+        folder / "4", lambda document: document["files"].update({"run/metadata": entry})
+    )
+    assert saved_config(folder) is None
 
 
 def rewrite_manifest(checkpoint, change):

@@ -1,6 +1,8 @@
 """What a checkpoint restores, and to whom. Damage is in tests/reliability."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import grain
 import jax
@@ -77,6 +79,38 @@ def test_what_differs_is_named(saved, like, expected):
     with pytest.raises(RunFolderError, match=expected) as error:
         saved.restore_state(2, like)
     assert "checkpoints/2 does not fit the config" in str(error.value)
+
+
+def test_a_save_that_writes_nothing_is_an_error(saved, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(
+        RunFolderError, match=r"of step 1 is not written, as .* has one of step 2; move"
+    ):
+        checkpoints.save(1, state(a=1), batches())
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "2")
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state(a=1), batches())
+    checkpoints.close()
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_the_first_checkpoint_leaves_a_mark_once_it_is_complete(tmp_path, monkeypatch):
+    mark, rename = tmp_path / "first_checkpoint.json", os.rename
+    names = []
+
+    def noted(old, new):
+        names.append((Path(new).name, mark.exists()))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", noted)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (3, 5):
+        checkpoints.save(step, state(a=1), batches())
+    checkpoints.close()
+    assert ("3", False) in names
+    assert ("5", True) in names
+    assert mark.read_text() == '{"step": 3}\n'
 
 
 def test_steps_that_reuse_the_memory_of_a_state_do_not_change_what_is_saved(tmp_path):

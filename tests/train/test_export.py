@@ -165,3 +165,15 @@ def test_mistakes_are_explained(tmp_path):
         export_task(*trained(), "bright", batch=0)
     with pytest.raises(ValueError, match="choose another ending"):
         write_export(tmp_path / "a.json", b"", {})
+
+
+def test_it_is_not_written_through_links(tmp_path):
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("precious")
+    for name in (".a.bin.tmp", ".a.json.tmp", "a.bin", "a.json"):
+        (run / name).symlink_to(victim)
+    write_export(run / "a.bin", b"program", {"task": "a"})
+    assert victim.read_text() == "precious"
+    assert (run / "a.bin").read_bytes() == b"program"
+    assert json.loads((run / "a.json").read_text()) == {"task": "a"}

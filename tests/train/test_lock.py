@@ -55,7 +55,7 @@ def test_another_command_on_this_machine_is_named_at_once(holder, tmp_path):
     assert written == f"{os.getpid()} {socket.gethostname()}\n"
 
 
-def test_another_machine_may_be_dead(holder, tmp_path, monkeypatch):
+def test_another_machine_may_be_dead(holder, tmp_path, monkeypatch, capsys):
     process = holder("elsewhere")
     with (
         pytest.raises(RunFolderError, match="process 4711 of elsewhere"),
@@ -67,8 +67,27 @@ def test_another_machine_may_be_dead(holder, tmp_path, monkeypatch):
         process.kill()
         process.wait()
 
+    capsys.readouterr()
     monkeypatch.setattr(lock.time, "sleep", sleep)
     with lock.locked(tmp_path):
+        pass
+    assert capsys.readouterr().err == (
+        f"{tmp_path} is being trained by process 4711 of elsewhere, or was when that "
+        "died; waits up to 120 s for it\n"
+    )
+
+
+def test_a_link_in_its_place_is_not_followed(tmp_path):
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("precious")
+    (run / lock.LOCK).symlink_to(victim)
+    message = r"\.lock is a symbolic link, .* or delete the link"
+    with pytest.raises(RunFolderError, match=message), lock.locked(run):
+        raise AssertionError
+    assert victim.read_text() == "precious"
+    (run / lock.LOCK).unlink()
+    with lock.locked(run):
         pass
 
 

@@ -26,13 +26,18 @@ class StoppedError(Exception):
 @pytest.fixture(scope="module")
 def program():
     # PCGrad's state has a PRNG key; checkpoints are written at steps 2, 4 and 6.
-    return build_program(experiment(aggregator=optim.pcgrad))
+    return build_program(experiment(aggregator=optim.pcgrad, checkpoints_kept=3))
 
 
 @pytest.fixture(scope="module")
 def whole(program, tmp_path_factory):
     folder = RunFolder(tmp_path_factory.mktemp("whole"))
-    return folder, train(program, folder, "small")
+    victim = tmp_path_factory.mktemp("victim") / "file"
+    victim.write_text("precious")
+    (folder.path / ".samples.npz").symlink_to(victim)
+    result = train(program, folder, "small")
+    assert victim.read_text() == "precious"
+    return folder, result
 
 
 def final_state(program, folder, step=6):
@@ -98,16 +103,21 @@ def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypat
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(program, whole, tmp_path):
+    """Not even where it had but one, and was killed right after it."""
     copy = tmp_path / "run"
     shutil.copytree(whole[0].path, copy)
-    shutil.rmtree(copy / loop.CHECKPOINTS)
+    assert json.loads((copy / "first_checkpoint.json").read_text()) == {"step": 2}
+    for path in (copy / loop.CHECKPOINTS).iterdir():
+        shutil.rmtree(path)
     (copy / loop.RESULT).unlink()
-    before = (copy / loop.METRICS).read_bytes()
+    lines = (copy / loop.METRICS).read_bytes().splitlines(keepends=True)[:2]
+    (copy / loop.METRICS).write_bytes(b"".join(lines))
     with pytest.raises(
-        RunFolderError, match=r"metrics.jsonl goes up to step 6, but there is no check"
-    ):
+        RunFolderError, match=r"no checkpoint in .*, but .*first_checkpoint.json says"
+    ) as error:
         train(program, RunFolder(copy), "small")
-    assert (copy / loop.METRICS).read_bytes() == before
+    assert "put them back, or choose another --workdir" in str(error.value)
+    assert (copy / loop.METRICS).read_bytes() == b"".join(lines)
 
 
 def test_metrics_are_flat_and_complete(whole):
@@ -174,5 +184,5 @@ def test_evaluating_the_last_checkpoint_gives_the_result_again(program, whole):
 
 def test_evaluating_an_absent_checkpoint_names_those_there(program, whole):
     folder, _ = whole
-    with pytest.raises(ValueError, match=r"no checkpoint 5; it has \[4, 6\]"):
+    with pytest.raises(ValueError, match=r"no checkpoint 5; it has \[2, 4, 6\]"):
         evaluate_run(program, folder, 5)
