@@ -69,7 +69,8 @@ class Experiment:
         ``leave_out`` goes on without it, as if it had no labels in that step; ``skip``
         changes nothing in that step.
       max_faulty_steps: The run stops after so many steps in a row in which a task was
-        left out or that were skipped; 1 stops at the first.
+        left out or that were skipped, and after so many in a row of the steps with
+        labels of one task that found it at fault; 1 stops at the first.
       mesh: Shape of the device mesh.
       rules: Which mesh axes each logical axis of the parameters is sharded over.
       seed: Seed of parameters, data order and every other random choice.

@@ -43,7 +43,8 @@ class _Pending:
       report: The report, on the devices until ``fetched``.
       fetched: The same on the host.
       index: Source name -> positions of its records, on the devices.
-      rows: This process' rows of the batch, dropped once they are known to do no harm.
+      rows: This process' rows of the batch, dropped once its report is here, but for
+        the first that ends the run.
     """
 
     step: int
@@ -64,7 +65,8 @@ class FaultLog:
       path: The run's folder.
       task_names: Names of the tasks in order.
       labels: Source name -> tasks that it labels.
-      limit: Number of faulty steps in a row that stops the run.
+      limit: Number of faulty steps in a row that stops the run; so does a task at fault
+        in as many steps in a row of those that have its labels.
       lines: Lines of metrics that earlier parts of the run left.
 
     Raises:
@@ -82,6 +84,10 @@ class FaultLog:
         self._path, self._task_names, self._labels = path, task_names, labels
         self._limit = limit
         self._pending: deque[_Pending] = deque()
+        # Those of them whose reports are not here yet.
+        self._awaited: deque[_Pending] = deque()
+        self._first_fatal: _Pending | None = None
+        # The same, once all processes have taken the step.
         self._fatal: _Pending | None = None
         names = [*(f"{task}/left_out" for task in task_names), "all/skipped_steps"]
         for line in lines:
@@ -107,12 +113,11 @@ class FaultLog:
           report: Its report, on the devices.
         """
         index = {source: examples.index for source, examples in batch.items()}
-        self._pending.append(_Pending(step, report, index, rows))
-        for pending in self._pending:
-            if pending.fetched is None:
-                if not pending.report.is_ready():  # type: ignore[attr-defined]
-                    break
-                self._fetch(pending)
+        pending = _Pending(step, report, index, rows)
+        self._pending.append(pending)
+        self._awaited.append(pending)
+        while self._awaited and self._awaited[0].report.is_ready():  # type: ignore[attr-defined]
+            self._fetch_next()
 
     def take(self, step: int) -> list[dict[str, Any]]:
         """Takes note of all steps up to one, which is done.
@@ -123,7 +128,9 @@ class FaultLog:
         lines = []
         while self._pending and self._pending[0].step <= step:
             pending = self._pending.popleft()
-            report = self._fetch(pending)
+            while pending.fetched is None:
+                self._fetch_next()
+            report = pending.fetched
             for k, task in enumerate(self._task_names):
                 self._counts[f"{task}/left_out"] = int(report.left_out[k])
                 if report.spike[k]:
@@ -138,7 +145,7 @@ class FaultLog:
                         }
                     )
             self._counts["all/skipped_steps"] = int(report.skipped_steps[0])
-            if self._fatal is None and self._is_fatal(report):
+            if pending is self._first_fatal:
                 self._fatal = pending
         return lines
 
@@ -158,8 +165,13 @@ class FaultLog:
         if self._fatal is None:
             return
         fatal, self._fatal = self._fatal, None
-        report = self._fetch(fatal)
-        tasks = [n for k, n in enumerate(self._task_names) if report.faulty[k]]
+        report = fatal.fetched
+        assert report is not None
+        blamed = report.faulty
+        alone = report.finite[0] and report.in_a_row[0] < self._limit
+        if alone:
+            blamed = blamed * (report.task_in_a_row >= self._limit)
+        tasks = [n for k, n in enumerate(self._task_names) if blamed[k]]
         records = self._records(fatal, tasks)
         named = "; ".join(f"{source}: {_some(ids)}" for source, ids in records.items())
         if report.finite[0]:
@@ -168,7 +180,9 @@ class FaultLog:
                 what = "an auxiliary loss, or the gradient of all tasks together,"
             was = f"{what} was not finite at step {fatal.step}"
             count = int(report.in_a_row[0])
-            if count > 1:
+            if alone:
+                was += f", as in the {self._limit} latest steps with labels of it"
+            elif count > 1:
                 was += f", the last of {count} faulty steps in a row"
         else:
             was = f"the update of step {fatal.step} left parameters that are not finite"
@@ -180,15 +194,15 @@ class FaultLog:
             saved = f"its batch is in {where}"
         raise NumericalFaultError(f"{was} (records of {named}); {saved}", where)
 
-    def _is_fatal(self, report: FaultReport) -> bool:
-        return report.in_a_row[0] >= self._limit or not report.finite[0]
-
-    def _fetch(self, pending: _Pending) -> FaultReport:
-        if pending.fetched is None:
-            pending.fetched = FaultReport(*np.asarray(pending.report))
-            if not self._is_fatal(pending.fetched):
-                pending.rows = None
-        return pending.fetched
+    def _fetch_next(self) -> None:
+        pending = self._awaited.popleft()
+        report = pending.fetched = FaultReport(*np.asarray(pending.report))
+        most = max(report.in_a_row[0], *(report.task_in_a_row * report.faulty))
+        fatal = most >= self._limit or not report.finite[0]
+        if fatal and self._first_fatal is None:
+            self._first_fatal = pending
+        else:
+            pending.rows = None
 
     def _records(self, pending: _Pending, tasks: Sequence[str]) -> dict[str, list[int]]:
         """Positions of the batch's records, by source that labels any of the tasks."""

@@ -48,6 +48,8 @@ class FaultState(NamedTuple):
 
     Attributes:
       in_a_row: Number of latest steps that each had a fault.
+      task_in_a_row: Number of latest steps with a label of each task that each found
+        the task at fault.
       left_out: Number of steps so far in which each task's loss or gradient was not
         finite.
       skipped: Number of steps so far that were skipped.
@@ -56,6 +58,7 @@ class FaultState(NamedTuple):
     """
 
     in_a_row: Int[Array, ""]
+    task_in_a_row: Int[Array, " tasks"]
     left_out: Int[Array, " tasks"]
     skipped: Int[Array, ""]
     recent: Float[Array, "tasks window"]
@@ -69,6 +72,8 @@ class FaultReport(NamedTuple):
       faulty: Whether the task's loss or gradient was not finite.
       skipped: Whether the whole step was skipped; of all tasks the same.
       in_a_row: Number of steps up to this that had a fault; of all tasks the same.
+      task_in_a_row: Number of latest steps with a label of the task that each found it
+        at fault.
       left_out: Number of steps of the run in which the task was faulty.
       skipped_steps: Number of steps of the run that were skipped; of all tasks the
         same.
@@ -82,6 +87,7 @@ class FaultReport(NamedTuple):
     faulty: Any
     skipped: Any
     in_a_row: Any
+    task_in_a_row: Any
     left_out: Any
     skipped_steps: Any
     mean: Any
@@ -94,6 +100,7 @@ def no_faults(num_tasks: int) -> FaultState:
     """What a run remembers before its first step."""
     return FaultState(
         jnp.int32(0),
+        jnp.zeros(num_tasks, jnp.int32),
         jnp.zeros(num_tasks, jnp.int32),
         jnp.int32(0),
         jnp.full((num_tasks, WINDOW), jnp.nan, jnp.float32),
@@ -169,8 +176,14 @@ def take_note(
     deviation = jnp.maximum(deviation, LEAST_DEVIATION * jnp.abs(mean))
     limit = jnp.where(count >= FEWEST, mean + DEVIATIONS * deviation, jnp.inf)
     counts = evaluation.active & jnp.isfinite(losses)
+    without_label = ~(evaluation.active | faulty)
     state = FaultState(
         jnp.where(skipped | jnp.any(faulty), state.in_a_row + 1, 0),
+        jnp.where(
+            without_label,
+            state.task_in_a_row,
+            jnp.where(faulty, state.task_in_a_row + 1, 0),
+        ),
         state.left_out + faulty.astype(jnp.int32),
         state.skipped + skipped.astype(jnp.int32),
         jnp.where(
@@ -184,6 +197,7 @@ def take_note(
         faulty=faulty,
         skipped=skipped,
         in_a_row=state.in_a_row,
+        task_in_a_row=state.task_in_a_row,
         left_out=state.left_out,
         skipped_steps=state.skipped,
         mean=mean,

@@ -311,9 +311,15 @@ class _Loop:
         for step in range(done + 1, experiment.num_steps + 1):
             for observer in self._observers:
                 observer.begin(step)
-            with self._timings.waiting():
-                rows = next(batches)
-                batch = self._program.place(rows)
+            try:
+                with self._timings.waiting():
+                    rows = next(batches)
+            except Exception:
+                # One process alone cannot save what others have parts of.
+                if step > done + 1 and jax.process_count() == 1:
+                    self._end_early(step - 1, state, batches, unlogged)
+                raise
+            batch = self._program.place(rows)
             state, metrics = self._step(state, batch)
             self._fault_log.follow(step, rows, batch, metrics.pop(REPORT))
             last = step == experiment.num_steps
@@ -339,16 +345,26 @@ class _Loop:
                 unlogged = step, metrics
             stopped = self._signals.stops_after(step)
             if (stopped is not None or self._fault is not None) and not last:
-                if unlogged is not None:
-                    self._timings.stop(step)
-                    self._log(step, self._fetch(step, metrics))
-                if not save:
-                    self._save(step, state, batches)
-                self._finish(step, state, batches)
+                self._end_early(step, state, batches, unlogged)
                 assert stopped is not None
                 raise StoppedError(stopped)
         self._finish(experiment.num_steps, state, batches)
         return state
+
+    def _end_early(
+        self,
+        step: int,
+        state: TrainState,
+        batches: grain.DatasetIterator,
+        unlogged: tuple[int, Metrics] | None,
+    ) -> None:
+        """Logs and saves a step after which the run does not go on."""
+        if unlogged is not None:
+            self._timings.stop(step)
+            self._log(step, self._fetch(*unlogged))
+        if step % self._experiment.checkpoint_every:
+            self._save(step, state, batches)
+        self._finish(step, state, batches)
 
     def _fetch(self, step: int, metrics: Metrics) -> dict[str, Any]:
         """A step's metrics on the host, with the faults since the line before."""

@@ -54,8 +54,12 @@ class Profile:
             options = jax.profiler.ProfileOptions()
             # Every call of a Python function would bury the rest.
             options.python_tracer_level = 0
-            jax.profiler.start_trace(self._folder, profiler_options=options)
-            self._tracing = True
+            try:
+                jax.profiler.start_trace(self._folder, profiler_options=options)
+            except (OSError, RuntimeError) as error:
+                self._report_no_trace(error)
+            else:
+                self._tracing = True
         elif step >= self._stop:
             self._end()
         if self._tracing:
@@ -76,15 +80,22 @@ class Profile:
         if not self._tracing:
             return
         self._tracing = False
-        console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
         try:
             _finish_what_is_running()
             jax.profiler.stop_trace()
         except (OSError, RuntimeError) as error:
-            console.print(f"no trace in {self._folder}: {error}; the run goes on")
+            self._report_no_trace(error)
         else:
             last = self._stop - 1
-            console.print(f"trace of steps {self._start} to {last}: {self._folder}")
+            _print(f"trace of steps {self._start} to {last}: {self._folder}")
+
+    def _report_no_trace(self, error: Exception) -> None:
+        _print(f"no trace in {self._folder}: {error}; the run goes on")
+
+
+def _print(line: str) -> None:
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console.print(line)
 
 
 def _finish_what_is_running() -> None:

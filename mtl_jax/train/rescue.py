@@ -9,7 +9,13 @@ import grain
 import jax
 
 from mtl_jax.train.checkpoint import Checkpoints
-from mtl_jax.train.run_folder import RunFolder, RunFolderError, storage_fault, to_json
+from mtl_jax.train.run_folder import (
+    IDENTITY,
+    RunFolder,
+    RunFolderError,
+    storage_fault,
+    to_json,
+)
 from mtl_jax.train.state import TrainState
 
 
@@ -126,6 +132,8 @@ def rescue(
     try:
         copy = RunFolder(fallback.path)
         lost = _copy_logs(folder, copy, unwritten.lines, step)
+        if identity := _identity(folder):
+            copy.write_json(IDENTITY, identity)
         for name, document in unwritten.documents.items():
             copy.write_json(name, document)
         checkpoints = Checkpoints(fallback.path / "checkpoints", description)
@@ -147,6 +155,14 @@ def rescue(
         f"continue, give the same command --workdir {fallback.path}, and no or another "
         "--fallback-dir"
     )
+
+
+def _identity(folder: RunFolder) -> Mapping[str, Any] | None:
+    """What the run is called at Weights & Biases, where that can be read."""
+    try:
+        return folder.read_json(IDENTITY)
+    except (OSError, RunFolderError):
+        return None
 
 
 def _copy_logs(

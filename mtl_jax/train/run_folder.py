@@ -12,6 +12,9 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+IDENTITY = "wandb.json"
+"""Name of the file that says what the run is called at Weights & Biases."""
+
 Kept = TypeVar("Kept")
 
 

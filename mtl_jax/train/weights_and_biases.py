@@ -10,10 +10,10 @@ import numpy as np
 import wandb  # type: ignore[import-not-found]
 from rich.console import Console
 
+from mtl_jax.train.integrity import FIRST
 from mtl_jax.train.metric_values import cosine_picture, split_by_shape
-from mtl_jax.train.run_folder import RunFolder, RunFolderError
+from mtl_jax.train.run_folder import IDENTITY, RunFolder, RunFolderError
 
-IDENTITY = "wandb.json"
 COSINE = "all/cosine"
 
 
@@ -53,13 +53,24 @@ class WeightsAndBiases:
     def __enter__(self) -> Self:
         """Begins the run there, or goes on with it.
 
+        A run that has a checkpoint goes on without this log where that fails.
+
         Raises:
           ConnectionError: If Weights & Biases cannot be reached, or refuses.
           RunFolderError: If ``wandb.json`` is damaged.
         """
+        try:
+            self._begin()
+        except (ConnectionError, RunFolderError) as error:
+            if not (self._folder.path / FIRST).exists():
+                raise
+            _print(f"nothing is logged to Weights & Biases: {error}; the run goes on")
+        return self
+
+    def _begin(self) -> None:
         saved = self._identity = self._known_identity()
         try:
-            self._run = wandb.init(
+            run = wandb.init(
                 project=self._project,
                 name=self._name,
                 id=saved["id"],
@@ -80,10 +91,9 @@ class WeightsAndBiases:
                 "folder alone"
             ) from error
         # Offline nobody else knows what was logged before.
-        offline = self._run.offline
-        self._next = saved.get("next_step", 0) if offline else self._run.step
+        self._next = saved.get("next_step", 0) if run.offline else run.step
         self._folder.write_json(IDENTITY, self._identity)
-        return self
+        self._run = run
 
     def __exit__(
         self,
@@ -143,9 +153,7 @@ class WeightsAndBiases:
             yield
         except (wandb.Error, OSError) as error:
             self._run = None
-            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-                f"cannot log to Weights & Biases any more: {error}; the run goes on"
-            )
+            _print(f"cannot log to Weights & Biases any more: {error}; the run goes on")
 
     def _values(
         self, metrics: Mapping[str, Any], timing: Mapping[str, float], evaluated: bool
@@ -162,3 +170,7 @@ class WeightsAndBiases:
                 picture = cosine_picture(matrices[COSINE], self._tasks)
                 values[COSINE] = wandb.Image(picture)
         return values
+
+
+def _print(line: str) -> None:
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(line)

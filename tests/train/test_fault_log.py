@@ -1,18 +1,22 @@
 """Runs on eight devices that meet records which spoil a task, or its loss."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import re
 import signal
+import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from faulty import BIG_LOSS, NAN_GRADIENT, NAN_LOSS, faulty_experiment
 
 from mtl_jax import optim
 from mtl_jax.data import training_batches
+from mtl_jax.data.batch import Examples
 from mtl_jax.train import (
     NumericalFaultError,
     RunFolder,
@@ -27,6 +31,7 @@ from mtl_jax.train import (
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.description import describe
 from mtl_jax.train.fault_log import FaultLog
+from mtl_jax.train.faults import FaultReport
 from mtl_jax.train.program import Program
 
 STEPS = 20
@@ -177,3 +182,91 @@ def test_too_many_faults_stop_the_run(program, batches, tmp_path):
     # The run can go there again from the checkpoint before.
     kept = [int(path.name) for path in (tmp_path / loop.CHECKPOINTS).glob("[0-9]*")]
     assert all(checkpoint < step for checkpoint in kept)
+
+
+def report(in_a_row=0, task_in_a_row=(0, 0), faulty=(False, False)):
+    """What a step with two tasks tells."""
+    values = dict.fromkeys(FaultReport._fields, 0.0) | {
+        "in_a_row": in_a_row,
+        "task_in_a_row": task_in_a_row,
+        "faulty": faulty,
+        "finite": True,
+    }
+    rows = [jnp.broadcast_to(jnp.asarray(v, jnp.float32), 2) for v in values.values()]
+    return jnp.stack(rows)
+
+
+def rows(step):
+    array = np.full(3, step)
+    return {"s": Examples(array, {}, {}, jnp.asarray(array))}
+
+
+def test_a_task_at_fault_whenever_it_has_labels_stops_the_run(tmp_path):
+    """Every other step has none of them, and is sound."""
+    log = FaultLog(tmp_path, ["rare", "other"], {"s": ["rare", "other"]}, 3, [])
+    count = 0
+    for step in range(1, 9):
+        faulty = step % 2 == 0
+        count += faulty
+        found = report(int(faulty), (count, 0), (faulty, False))
+        log.follow(step, rows(step), rows(step), found)
+        log.take(step)
+        if step == 6:
+            break
+        log.check()
+    with pytest.raises(
+        NumericalFaultError,
+        match=r"gradient of 'rare' was not finite at step 6, as in the 3 latest steps "
+        r"with labels of it \(records of s: 6, 6, 6\)",
+    ):
+        log.check()
+
+
+def test_of_many_faults_the_batch_of_the_first_that_stops_is_kept(tmp_path):
+    log = FaultLog(tmp_path, ["a", "b"], {"s": ["a", "b"]}, 2, [])
+    kept = {}
+    for step in range(1, 60):
+        batch = rows(step)
+        kept[step] = weakref.ref(batch["s"])
+        found = jax.block_until_ready(report(step, (step, 0), (True, False)))
+        log.follow(step, batch, rows(step), found)
+    del batch
+    gc.collect()
+    assert [step for step, reference in kept.items() if reference() is not None] == [2]
+    log.take(59)
+    with pytest.raises(NumericalFaultError, match="at step 2, the last of 2 faulty"):
+        log.check()
+    with np.load(tmp_path / "faults/2/batch_0.npz") as file:
+        np.testing.assert_array_equal(file["s/input"], [2, 2, 2])
+
+
+def test_a_report_is_asked_for_once_it_is_the_next(tmp_path):
+    """Not all that are awaited, at every step."""
+    asked = []
+
+    @dataclasses.dataclass
+    class Late:
+        step: int
+        ready: bool = False
+
+        def is_ready(self):
+            asked.append(self.step)
+            return self.ready
+
+        def __array__(self, dtype=None, copy=None):
+            return np.asarray(report())
+
+    log = FaultLog(tmp_path, ["a", "b"], {}, 2, [])
+    reports = [Late(step) for step in range(1, 101)]
+    for late in reports:
+        log.follow(late.step, rows(late.step), rows(late.step), late)
+    assert asked == [1] * 100
+    for late in reports[:50]:
+        late.ready = True
+    asked.clear()
+    log.follow(101, rows(101), rows(101), Late(101))
+    assert asked == list(range(1, 52))
+    log.take(100)
+    asked.clear()
+    log.follow(102, rows(102), rows(102), Late(102))
+    assert asked == [101]

@@ -199,6 +199,22 @@ def test_skipping_changes_nothing_but_the_number_of_the_step():
     assert report.skipped_steps[0] == 1
 
 
+def test_a_task_that_is_rare_is_counted_by_its_own_steps():
+    program, step, batch = setup("surgery")
+    state, found = program.init_state(), []
+    for turn in (NAN_LOSS, None, NAN_LOSS, None, None, NAN_LOSS, 0.5, None):
+        chosen = without_labels(batch, "tiles")
+        if turn is not None:
+            chosen = with_target(batch, 3, turn)
+        state, metrics = step(state, chosen)
+        report = FaultReport(*np.asarray(metrics[REPORT]))
+        found.append((report.in_a_row[0], *report.task_in_a_row))
+    assert found == [
+        *((1, 1, 0, 0), (0, 1, 0, 0), (1, 2, 0, 0), (0, 2, 0, 0), (0, 2, 0, 0)),
+        *((1, 3, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+    ]
+
+
 def evaluation(**fields):
     defaults = {
         "losses": jnp.ones(3),
@@ -280,6 +296,16 @@ def test_spikes_by_brute_force():
         reports.append(FaultReport(*np.asarray(packed)))
 
     in_a_row = 0
+    labelled = present | faulty
+    for k in range(names):
+        row = 0
+        for t in np.flatnonzero(labelled[:, k]):
+            row = row + 1 if faulty[t, k] else 0
+            # Until the next step with a label of the task.
+            until = t + 1
+            while until < steps and not labelled[until, k]:
+                until += 1
+            assert {int(r.task_in_a_row[k]) for r in reports[t:until]} == {row}
     for t, report in enumerate(reports):
         in_a_row = in_a_row + 1 if faulty[t].any() or skipped[t] else 0
         assert report.in_a_row[0] == in_a_row

@@ -1,10 +1,11 @@
+import itertools
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from small import experiment
+from small import Tiles, experiment
 
 from mtl_jax import optim
 from mtl_jax.train import (
@@ -100,6 +101,36 @@ def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypat
     seconds = sum(line["seconds_per_step"] for line in timings[1:])
     speed = continued["cost"]["examples_per_second"]
     np.testing.assert_allclose(speed, 5 * 16 / seconds)
+
+
+def test_data_that_cannot_be_read_cost_no_step(program, whole, tmp_path, monkeypatch):
+    uninterrupted, _ = whole
+    folder = RunFolder(tmp_path)
+    shares = program.experiment.mixture.examples_per_batch(program.share_multiple)
+    record, reads = Tiles.__getitem__, itertools.count(1)
+
+    def fails_in_the_sixth_batch(self, index):
+        if self.seed == 0 and next(reads) > 5.5 * shares["tiles"]:
+            raise OSError("stale file handle")
+        return record(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiles, "__getitem__", fails_in_the_sixth_batch)
+        with pytest.raises(OSError, match="stale file handle"):
+            train(program, folder, "small")
+    # Checkpoints are due after even steps.
+    assert Checkpoints(tmp_path / loop.CHECKPOINTS, read_only=True).steps == [2, 4, 5]
+
+    train(program, folder, "small")
+    expected = (uninterrupted.path / loop.METRICS).read_bytes()
+    assert (tmp_path / loop.METRICS).read_bytes() == expected
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_array_equal(
+            as_numpy(ours), as_numpy(theirs)
+        ),
+        final_state(program, folder),
+        final_state(program, uninterrupted),
+    )
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(program, whole, tmp_path):

@@ -118,3 +118,13 @@ def test_a_damaged_identity_is_named(folder, text):
 def test_a_refusal_is_one_clear_line(folder):
     with pytest.raises(ConnectionError, match=r"--wandb a/b: .*WANDB_MODE=offline"):
         log(folder, [1], project="a/b")
+
+
+def test_a_run_that_has_a_checkpoint_goes_on_without(folder, capsys):
+    (folder.path / "first_checkpoint.json").write_text('{"step": 2}')
+    log(folder, [1], project="a/b")
+    (folder.path / "wandb.json").write_text("{")
+    log(folder, [1])
+    refused, damaged = capsys.readouterr().err.splitlines()
+    assert "nothing is logged to Weights & Biases: --wandb a/b: " in refused
+    assert damaged.endswith("begin another run at Weights & Biases; the run goes on")
