@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -35,25 +36,33 @@ def storage_is_quiet() -> Iterator[None]:
     """Keeps what Orbax and its storage print of the faults that they raise as well.
 
     They log tracebacks, and their threads print more when a save fails in the middle.
+    An error that ends this leaves it so: what is left of a save may still fail then.
     """
-    before = sys.excepthook
+    before, unraisable_before = sys.excepthook, sys.unraisablehook
 
     def hook(*exception) -> None:
         # Threads of Python have a hook of their own: these are the storage's.
         if threading.current_thread() is threading.main_thread():
             before(*exception)
 
+    def unraisable_hook(unraisable) -> None:
+        # Errors of Python's own name the object that they come from.
+        if unraisable.object is not None:
+            unraisable_before(unraisable)
+
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    sys.excepthook = hook
+    sys.excepthook, sys.unraisablehook = hook, unraisable_hook
     try:
         yield
-    finally:
-        sys.excepthook = before
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    except BaseException:
+        warnings.filterwarnings("ignore", "coroutine .* was never", RuntimeWarning)
+        raise
+    sys.excepthook, sys.unraisablehook = before, unraisable_before
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def fail(message: str, status: int = USER_ERROR) -> NoReturn:
