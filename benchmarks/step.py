@@ -1,7 +1,7 @@
 """What it costs a training step that runs cannot be lost.
 
     python benchmarks/step.py
-    python benchmarks/step.py earth_digits --set trunk.width=32 --rounds 3
+    python benchmarks/step.py earth_digits:dense --rounds 3
 
 Prints a table in Markdown for each config, for docs/reliability.md. Three loops take
 turns in one process, on batches that they read themselves:
