@@ -54,6 +54,19 @@ def as_numpy(leaf):
     return np.asarray(leaf)
 
 
+def assert_same_run(program, ours, theirs):
+    """The same metrics and the same final state, to the last bit."""
+    expected = (theirs.path / loop.METRICS).read_bytes()
+    assert (ours.path / loop.METRICS).read_bytes() == expected
+    jax.tree.map(
+        lambda mine, yours: np.testing.assert_array_equal(
+            as_numpy(mine), as_numpy(yours)
+        ),
+        final_state(program, ours),
+        final_state(program, theirs),
+    )
+
+
 def timing_lines(folder):
     lines = (folder.path / loop.TIMINGS).read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -80,15 +93,7 @@ def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypat
         file.write('{"step": 6, "bright/lo')
 
     continued = train(program, folder, "small")
-    expected = (uninterrupted.path / loop.METRICS).read_bytes()
-    assert (tmp_path / loop.METRICS).read_bytes() == expected
-    jax.tree.map(
-        lambda ours, theirs: np.testing.assert_array_equal(
-            as_numpy(ours), as_numpy(theirs)
-        ),
-        final_state(program, folder),
-        final_state(program, uninterrupted),
-    )
+    assert_same_run(program, folder, uninterrupted)
     assert continued["tasks"] == result["tasks"]
 
     # The time of both parts, but for what was lost, and the speed of all steps.
@@ -122,15 +127,7 @@ def test_data_that_cannot_be_read_cost_no_step(program, whole, tmp_path, monkeyp
     assert Checkpoints(tmp_path / loop.CHECKPOINTS, read_only=True).steps == [2, 4, 5]
 
     train(program, folder, "small")
-    expected = (uninterrupted.path / loop.METRICS).read_bytes()
-    assert (tmp_path / loop.METRICS).read_bytes() == expected
-    jax.tree.map(
-        lambda ours, theirs: np.testing.assert_array_equal(
-            as_numpy(ours), as_numpy(theirs)
-        ),
-        final_state(program, folder),
-        final_state(program, uninterrupted),
-    )
+    assert_same_run(program, folder, uninterrupted)
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(program, whole, tmp_path):
