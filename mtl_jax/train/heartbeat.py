@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-
 from mtl_jax.train.run_folder import RunFolder
+from mtl_jax.train.telling import tell
 
 HEARTBEAT = "heartbeat.json"
 INTERVAL_SECONDS = 5.0
@@ -117,7 +116,7 @@ class Heartbeat:
 
     def _report(self, error: OSError) -> None:
         if not self._reported:
-            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+            tell(
                 f"cannot write {self._folder.path / HEARTBEAT}: {error.strerror}; "
                 "the run goes on"
             )

@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-from rich.console import Console
+
+from mtl_jax.train.telling import tell
 
 
 class Profile:
@@ -87,15 +88,10 @@ class Profile:
             self._report_no_trace(error)
         else:
             last = self._stop - 1
-            _print(f"trace of steps {self._start} to {last}: {self._folder}")
+            tell(f"trace of steps {self._start} to {last}: {self._folder}")
 
     def _report_no_trace(self, error: Exception) -> None:
-        _print(f"no trace in {self._folder}: {error}; the run goes on")
-
-
-def _print(line: str) -> None:
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    console.print(line)
+        tell(f"no trace in {self._folder}: {error}; the run goes on")
 
 
 def _finish_what_is_running() -> None:

@@ -12,7 +12,6 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 from tensorboardX.proto.event_pb2 import (  # classes that are made on import
     Event,  # type: ignore[attr-defined]
     SessionLog,  # type: ignore[attr-defined]
@@ -24,6 +23,7 @@ from tensorboardX.proto.summary_pb2 import (
 from tensorboardX.record_writer import masked_crc32c
 
 from mtl_jax.train.metric_values import cosine_picture, png, split_by_shape
+from mtl_jax.train.telling import tell
 
 COSINE = "all/cosine"
 VERSION = "brain.Event:2"
@@ -87,7 +87,7 @@ class TensorBoard:
             self._write(self._file, Event(step=step, summary=summary))
         except OSError as error:
             self._ended = True
-            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+            tell(
                 f"cannot write to {self._folder}: {error.strerror}; nothing more is "
                 "logged there, and the run goes on"
             )

@@ -8,11 +8,11 @@ from typing import Any, Self
 
 import numpy as np
 import wandb  # type: ignore[import-not-found]
-from rich.console import Console
 
 from mtl_jax.train.integrity import FIRST
 from mtl_jax.train.metric_values import cosine_picture, split_by_shape
 from mtl_jax.train.run_folder import IDENTITY, RunFolder, RunFolderError
+from mtl_jax.train.telling import tell
 
 COSINE = "all/cosine"
 
@@ -64,7 +64,7 @@ class WeightsAndBiases:
         except (ConnectionError, RunFolderError) as error:
             if not (self._folder.path / FIRST).exists():
                 raise
-            _print(f"nothing is logged to Weights & Biases: {error}; the run goes on")
+            tell(f"nothing is logged to Weights & Biases: {error}; the run goes on")
         return self
 
     def _begin(self) -> None:
@@ -153,7 +153,7 @@ class WeightsAndBiases:
             yield
         except (wandb.Error, OSError) as error:
             self._run = None
-            _print(f"cannot log to Weights & Biases any more: {error}; the run goes on")
+            tell(f"cannot log to Weights & Biases any more: {error}; the run goes on")
 
     def _values(
         self, metrics: Mapping[str, Any], timing: Mapping[str, float], evaluated: bool
@@ -170,7 +170,3 @@ class WeightsAndBiases:
                 picture = cosine_picture(matrices[COSINE], self._tasks)
                 values[COSINE] = wandb.Image(picture)
         return values
-
-
-def _print(line: str) -> None:
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(line)
