@@ -8,14 +8,12 @@ with 32 experts of which a token goes to two, forward and backward in bfloat16, 
 a dense MLP of the same activated FLOPs. The step is that of ``vision_moe:base_1b`` with
 a batch for one device, once for each way. `mtl_jax.layers.moe.execution.choose` should
 name the fastest.
-
-To see what XLA's kernel for grouped products does, set
-``JAX_RAGGED_DOT_USE_GPU_PALLAS_TRITON_LOWERING=1``.
 """
 
 import argparse
 import dataclasses
 import functools
+import math
 import statistics
 import sys
 import time
@@ -31,8 +29,10 @@ import numpy as np
 
 from mtl_jax.flops import count_flops
 from mtl_jax.layers.mlp import Mlp
-from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe import MoE, grouped_matmul
 from mtl_jax.layers.moe.execution import Execution
+from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.train.program import build_program
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +40,8 @@ WAYS = {
     "one-hot products": (1.25, Execution("all_gather", "one_hot")),
     "buffers": (1.25, Execution("all_gather", "buffers")),
     "sorted, blocks": (None, Execution("all_gather", "sorted")),
+    "sorted, hopper, 1.25": (1.25, Execution("all_gather", "sorted", "hopper")),
+    "sorted, hopper": (None, Execution("all_gather", "sorted", "hopper")),
     "sorted, ragged_dot": (None, Execution("all_gather", "sorted", "ragged_dot")),
 }
 """Name -> capacity factor and way."""
@@ -53,22 +55,31 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--product", type=int, default=8192, help="edge of the product")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each")
+    parser.add_argument("--calls", type=int, default=10, help="of each in a turn")
     parser.add_argument("--variant", default="base_1b", help="of vision_moe")
+    parser.add_argument(
+        "--what", nargs="+", choices=["layer", "step"], default=["layer", "step"]
+    )
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     options = parser.parse_args()
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
-    peak = ceiling(options.product, options.rounds)
-    print(f"product of {options.product}: {peak / 1e12:.2f} TFLOP/s\n")
-    report("layer", layers(options), options.rounds, peak)
-    report("step", steps(options), options.rounds, peak)
-
-
-def ceiling(edge: int, rounds: int) -> float:
-    """Operations a second of one product of square matrices in bfloat16."""
-    matrix = jnp.ones((edge, edge), jnp.bfloat16)
+    if not grouped_matmul.is_hopper():
+        print("The kernels for Hopper GPUs are left out, as this is none.")
+        options.ways = [name for name in options.ways if "hopper" not in name]
+    time_all = functools.partial(
+        alternating, rounds=options.rounds, calls=options.calls
+    )
+    edge = options.product
+    matrix = jax.random.normal(jax.random.key(0), (edge, edge), jnp.bfloat16)
     product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-    seconds = alternating({"": lambda: product(matrix, matrix)}, rounds)[""]
-    return 2 * edge**3 / seconds
+    peak = 2 * edge**3 / time_all({"": lambda: product(matrix, matrix)})[""]
+    print(f"product of {edge}: {peak / 1e12:.2f} TFLOP/s\n", flush=True)
+    for what, make in (("layer", layers), ("step", steps)):
+        if what in options.what:
+            runs = make(options)
+            seconds = time_all({name: run for name, (run, _) in runs.items()})
+            report(what, seconds, {name: n for name, (_, n) in runs.items()}, peak)
 
 
 def layers(options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -76,15 +87,23 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], in
     shape = options.batch, options.tokens, options.width
     x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     hidden, selected = 4 * options.width, 2
+    # Gates that are somewhat sure of themselves, hence somewhat uneven load.
+    scale = 0.5 / math.sqrt(options.width)
+    router = functools.partial(
+        NoisyTopK,
+        gate=functools.partial(Gate, kernel_init=nn.initializers.normal(scale)),
+    )
     modules: dict[str, nn.Module] = {
         "dense": Mlp(hidden * selected, dtype=jnp.bfloat16)
     }
-    for name, (factor, way) in WAYS.items():
+    for name in options.ways:
+        factor, way = WAYS[name]
         modules[name] = MoE(
             num_experts=options.experts,
             expert_hidden=hidden,
             group_size=1,
             num_selected=selected,
+            router=router,
             capacity_factor=factor,
             dtype=jnp.bfloat16,
             execution=way,
@@ -116,7 +135,8 @@ def steps(options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], int
     config.mixture.batch_size = config.evaluation_batch_size = options.batch
     experiment = fdl.build(config)
     found, state = {}, None
-    for name, (capacity_factor, way) in WAYS.items():
+    for name in options.ways:
+        capacity_factor, way = WAYS[name]
         moe = functools.partial(
             experiment.trunk.moe, capacity_factor=capacity_factor, execution=way
         )
@@ -127,40 +147,46 @@ def steps(options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], int
         compiled, flops = program.compile_step(keep_state=True)
         # The same for all ways.
         state = program.init_state() if state is None else state
-        batch = jax.tree.map(
-            lambda leaf: np.ones(leaf.shape, leaf.dtype), program.abstract_batch()
-        )
+        batch = jax.tree.map(example, program.abstract_batch())
         run = functools.partial(compiled, state, batch)
         found[name] = (lambda run=run: run()[1]), flops
     return found
 
 
+def example(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Random values, as chips are faster on equal ones; ones where they are classes."""
+    if not np.issubdtype(leaf.dtype, np.floating):
+        return np.ones(leaf.shape, leaf.dtype)
+    return np.random.default_rng(0).normal(size=leaf.shape).astype(leaf.dtype)
+
+
 def report(
-    what: str, runs: dict[str, tuple[Callable[[], Any], int]], rounds: int, peak: float
+    what: str, seconds: dict[str, float], flops: dict[str, int], peak: float
 ) -> None:
     """Prints a line for each."""
-    seconds = alternating({name: run for name, (run, _) in runs.items()}, rounds)
     fastest = min(seconds.values())
-    print(f"{what:20} {'ms':>9} {'TFLOP':>8} {'TFLOP/s':>8} {'of peak':>8}  x fastest")
-    for name, (_, flops) in runs.items():
-        rate = flops / seconds[name]
+    print(f"{what:22} {'ms':>9} {'TFLOP':>8} {'TFLOP/s':>8} {'of peak':>8}  x fastest")
+    for name, time_taken in seconds.items():
+        rate = flops[name] / time_taken
         print(
-            f"{name:20} {1e3 * seconds[name]:9.3f} {flops / 1e12:8.4f} "
-            f"{rate / 1e12:8.3f} {rate / peak:8.1%} {seconds[name] / fastest:10.2f}"
+            f"{name:22} {1e3 * time_taken:9.3f} {flops[name] / 1e12:8.4f} "
+            f"{rate / 1e12:8.3f} {rate / peak:8.1%} {time_taken / fastest:10.2f}"
         )
-    print()
+    print(flush=True)
 
 
-def alternating(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns."""
+def alternating(
+    runs: dict[str, Callable[[], Any]], rounds: int, calls: int
+) -> dict[str, float]:
+    """Median seconds of a call of each, taken in turns of several calls."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         jax.block_until_ready(run())
     for _ in range(rounds):
         for name, run in runs.items():
             started = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - started)
+            jax.block_until_ready([run() for _ in range(calls)])
+            times[name].append((time.perf_counter() - started) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -10,6 +10,7 @@ import jax
 from jax.extend import core
 
 _COUNTED = re.compile(r"flops_times_(\d+)_over_(\d+)")
+_STATED = re.compile(r"flops_are_(\d+)")
 
 
 def counted(function: Callable, times: Fraction) -> Callable:
@@ -22,12 +23,23 @@ def counted(function: Callable, times: Fraction) -> Callable:
       function: Of arrays.
       times: How often its operations are done, at least zero; a mean.
     """
+    return _named(function, f"flops_times_{times.numerator}_over_{times.denominator}")
 
+
+def stated(function: Callable, flops: int) -> Callable:
+    """The same function, of which `count_flops` takes ``flops`` without a look inside.
+
+    For kernels that say nothing of themselves. It cannot be differentiated as such, for
+    its derivatives would be taken to cost as much.
+    """
+    return _named(function, f"flops_are_{flops}")
+
+
+def _named(function: Callable, name: str) -> Callable:
     def function_of_arrays(*arguments: Any) -> Any:
         return function(*arguments)
 
     # A function compiled by itself keeps its name when it is differentiated.
-    name = f"flops_times_{times.numerator}_over_{times.denominator}"
     function_of_arrays.__name__ = name
     return jax.jit(function_of_arrays)
 
@@ -94,6 +106,8 @@ def _count_equation(equation: core.JaxprEqn) -> Fraction | int:
         names = ("newly_manual_axes", "manual_axes")
         axes = next(parameters[name] for name in names if name in parameters)
         repeats = math.prod(parameters["mesh"].shape[axis] for axis in axes)
+    if said := _STATED.fullmatch(str(parameters.get("name"))):
+        return int(said.group(1))
     if said := _COUNTED.fullmatch(str(parameters.get("name"))):
         repeats = Fraction(*map(int, said.groups()))
     return repeats * sum(_count(inner) for inner in _inner(parameters))

@@ -126,6 +126,7 @@ class MoeAttention(nn.Module):
             num_selected=self.num_heads,
             capacity_factor=self.capacity_factor,
             uses_matmuls=True,
+            parameters=parameters,
         )
         capacity = num_tokens
         if self.capacity_factor is not None:

@@ -37,7 +37,7 @@ class Execution(NamedTuple):
 
     exchange: Literal["all_to_all", "all_gather", "ragged_all_to_all"]
     layout: Literal["buffers", "one_hot", "sorted"]
-    matmul: Literal["blocks", "megablox", "ragged_dot"] = "blocks"
+    matmul: Literal["blocks", "megablox", "hopper", "ragged_dot"] = "blocks"
 
 
 def choose(
@@ -47,6 +47,7 @@ def choose(
     num_selected: int,
     capacity_factor: float | None,
     uses_matmuls: bool,
+    parameters: PyTree,
     asked: Execution | None = None,
 ) -> Execution:
     """The way that is fastest for these shapes on the mesh now set.
@@ -57,6 +58,7 @@ def choose(
       num_selected: Experts a token goes to.
       capacity_factor: As `mtl_jax.layers.moe.MoE` has it.
       uses_matmuls: Whether the experts consist of ``linear`` stages alone.
+      parameters: Parameters of all experts, with a leading axis over them.
       asked: The way that is taken instead, where there is one.
 
     Raises:
@@ -64,7 +66,7 @@ def choose(
         with the experts.
     """
     if asked is not None:
-        _check(asked, uses_matmuls)
+        _check(asked, uses_matmuls, parameters)
         return asked
     platform = expert_parallel.platform()
     sizes = expert_parallel.axis_sizes()
@@ -86,13 +88,17 @@ def choose(
     if platform == "tpu" and num_devices > num_selected:
         # Each row travels alone, where a gather sends each token to all devices.
         exchange = "ragged_all_to_all"
-    if platform != "tpu" or not uses_matmuls:
+    if not uses_matmuls:
         return Execution(exchange, "sorted")
     split = expert_parallel.splits_within_experts()
-    return Execution(exchange, "sorted", "ragged_dot" if split else "megablox")
+    if platform == "tpu":
+        return Execution(exchange, "sorted", "ragged_dot" if split else "megablox")
+    if not split and grouped_matmul.suits_hopper(parameters):
+        return Execution(exchange, "sorted", "hopper")
+    return Execution(exchange, "sorted")
 
 
-def _check(execution: Execution, uses_matmuls: bool) -> None:
+def _check(execution: Execution, uses_matmuls: bool, parameters: PyTree) -> None:
     """Checks that there is such a way to carry out a layer of such experts."""
     for part, known in (
         ("exchange", _WAYS),
@@ -117,6 +123,12 @@ def _check(execution: Execution, uses_matmuls: bool) -> None:
         raise ValueError(
             f"execution.matmul is {execution.matmul!r}, which takes sorted rows and "
             "experts that have stages(); leave it 'blocks', or change layout or expert."
+        )
+    if execution.matmul == "hopper" and not grouped_matmul.suits_hopper(parameters):
+        raise ValueError(
+            "execution.matmul is 'hopper', which takes a Hopper GPU, a dtype of two "
+            "bytes, and a width and a number of hidden units that are multiples of "
+            "128; leave it 'blocks'."
         )
 
 
@@ -253,6 +265,7 @@ def _on_sorted_rows(
         return apply, sizes
     matmul = {
         "megablox": grouped_matmul.megablox,
+        "hopper": grouped_matmul.hopper,
         "ragged_dot": grouped_matmul.ragged_dot,
     }[execution.matmul]
     apply = functools.partial(
@@ -302,4 +315,4 @@ _LAYOUTS_OF_EXCHANGE = {
     "all_to_all": tuple(_FILLING),
     "ragged_all_to_all": ("sorted",),
 }
-_MATMULS = ("blocks", "megablox", "ragged_dot")
+_MATMULS = ("blocks", "megablox", "hopper", "ragged_dot")

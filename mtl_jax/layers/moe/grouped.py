@@ -245,6 +245,27 @@ def _zeros_like(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
+@jax.custom_vjp
+def _of_owner(
+    bias: Float[Array, "experts features"], owner: Int[Array, " rows"]
+) -> Float[Array, "rows features"]:
+    """``bias[owner]``, whose gradient adds rows up by a product, not one by one."""
+    return bias[owner]
+
+
+def _of_owner_forward(bias: Array, owner: Array):
+    return bias[owner], (owner, bias.shape[0])
+
+
+def _of_owner_backward(residuals, cotangent: Array):
+    owner, num_experts = residuals
+    mask = jax.nn.one_hot(owner, num_experts, dtype=cotangent.dtype, axis=0)
+    return mask @ cotangent, None
+
+
+_of_owner.defvjp(_of_owner_forward, _of_owner_backward)
+
+
 def expert_of_row(count: Int[Array, " experts"], num_rows: int) -> Int[Array, " rows"]:
     """Expert of each sorted row; that of the last expert behind all rows."""
     row = jnp.arange(num_rows, dtype=count.dtype)
@@ -284,7 +305,7 @@ def apply_matmuls(
     def of_all_experts(values: Array, weights: PyTree) -> Array:
         product = multiply(values, weights["kernel"], count)
         if "bias" in weights:
-            product = product + weights["bias"][owner]
+            product = product + _of_owner(weights["bias"], owner)
         # What kernels leave behind the last row is not defined.
         return jnp.where(there[:, None], product, 0)
 

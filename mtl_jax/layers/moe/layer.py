@@ -177,6 +177,7 @@ class MoE(nn.Module):
             num_selected=self.num_selected,
             capacity_factor=self.capacity_factor,
             uses_matmuls=hasattr(expert, "stages"),
+            parameters=parameters,
         )
         output, dropped = run(how, stages, parameters, groups, decision, capacity)
         record(self, decision, dropped)

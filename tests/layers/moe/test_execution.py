@@ -151,6 +151,7 @@ def test_no_platform_multiplies_rows_with_kernels_of_others(
         num_selected=2,
         capacity_factor=capacity_factor,
         uses_matmuls=True,
+        parameters={},
     )
     assert chosen == expected
 

@@ -73,6 +73,7 @@ def test_what_a_layer_chooses_by_itself_differs_with_the_number_of_experts():
         num_selected=2,
         capacity_factor=None,
         uses_matmuls=True,
+        parameters={},
     )
     chosen = {how(num_experts=number) for number in (3, 5)}
     assert chosen == {Execution("all_gather", "sorted", "blocks")}
