@@ -9,6 +9,7 @@ gradients, and fails where one is larger than bfloat16 explains.
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +82,7 @@ def compare_layer(expert, capacity_factor) -> None:
     make = functools.partial(
         MoE, 8, 384, 1, capacity_factor=capacity_factor, expert=expert
     )
-    params = make().init(jax.random.key(1), x, train=False)["params"]
+    params = nn.unbox(make().init(jax.random.key(1), x, train=False)["params"])
     gate = params["router"]["gate"]["kernel"]
     params["router"]["gate"]["kernel"] = jax.random.normal(
         jax.random.key(2), gate.shape
