@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from jax.experimental import pallas
 
-from mtl_jax.flops import count_flops, counted
+from mtl_jax.flops import count_flops, counted, stated
 from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.execution import Execution
 from mtl_jax.sharding.mesh import make_mesh
@@ -51,6 +51,16 @@ def test_a_grouped_product_and_its_gradients_take_every_row_once():
     both = jax.value_and_grad(product, argnums=(0, 1))
     gradient = jax.make_jaxpr(both)(rows, kernels)
     assert count_flops(gradient) == 3 * once
+
+
+def test_what_is_stated_counts_in_place_of_what_is_inside():
+    product = stated(lambda a, b: a @ b, 7)
+
+    def often(a, b):
+        return jax.lax.scan(lambda c, _: (product(c, b), None), a, length=5)[0]
+
+    jaxpr = jax.make_jaxpr(counted(often, Fraction(2)))(jnp.eye(3), jnp.eye(3))
+    assert count_flops(jaxpr) == 2 * 5 * 7
 
 
 @pytest.mark.parametrize("estimate", [None, 1000])

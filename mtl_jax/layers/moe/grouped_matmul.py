@@ -71,8 +71,7 @@ def _megablox_backward(interpret, residuals, cotangent):
     rows_gradient = _gmm(
         cotangent, kernel, count, transpose_rhs=True, interpret=interpret
     )
-    there = jnp.arange(rows.shape[0], dtype=count.dtype) < jnp.sum(count)
-    rows_gradient = jnp.where(there[:, None], rows_gradient, 0)
+    rows_gradient = _zero_behind(rows_gradient, count)
     with _their_promotion():
         kernel_gradient = tgmm(
             rows.swapaxes(0, 1),
@@ -157,8 +156,7 @@ def _hopper_forward(rows, kernel, count):
 def _hopper_backward(residuals, cotangent):
     rows, kernel, count = residuals
     rows_gradient = _hopper_product(cotangent, kernel, count, transpose_rhs=True)
-    there = jnp.arange(rows.shape[0], dtype=count.dtype) < jnp.sum(count)
-    rows_gradient = jnp.where(there[:, None], rows_gradient, 0)
+    rows_gradient = _zero_behind(rows_gradient, count)
     features = cotangent.shape[1]
     product = functools.partial(
         transposed_ragged_dot_mgpu.transposed_ragged_dot, **_hopper_tiles(features)
@@ -181,7 +179,7 @@ def _hopper_product(rows, kernel, count, *, transpose_rhs: bool):
 
 
 def _known(product, rows, other, features: int, *, group_sizes):
-    """A product of all rows, which do not tell how many operations they do."""
+    """A product of all rows, by a kernel that does not say what operations it does."""
 
     def apply(rows, other, group_sizes):
         return product(rows, other, group_sizes=group_sizes)
@@ -217,6 +215,12 @@ def _row_tile(num_rows: int, num_experts: int) -> int:
     """
     tile = TILE if num_rows >= TILE * num_experts else TILE // 2
     return min(tile, num_rows)
+
+
+def _zero_behind(rows: Array, count: Array) -> Array:
+    """The rows, zero behind the last expert's."""
+    there = jnp.arange(rows.shape[0], dtype=count.dtype) < jnp.sum(count)
+    return jnp.where(there[:, None], rows, 0)
 
 
 @contextlib.contextmanager
