@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from mtl_jax.data.batch import Batch
 from mtl_jax.train.faults import FaultReport
-from mtl_jax.train.run_folder import RunFolderError, to_json
+from mtl_jax.train.run_folder import RunFolderError, refuse_links, to_json
 
 SPIKES = "spikes.jsonl"
 FAULTS = "faults"
@@ -70,7 +70,8 @@ class FaultLog:
       lines: Lines of metrics that earlier parts of the run left.
 
     Raises:
-      RunFolderError: If the faults that the lines count are no numbers.
+      RunFolderError: If the faults that the lines count are no numbers, or the folder
+        of batches at fault is a symbolic link or holds one.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class FaultLog:
         limit: int,
         lines: Sequence[Mapping[str, Any]],
     ):
+        refuse_links(path / FAULTS)
         self._path, self._task_names, self._labels = path, task_names, labels
         self._limit = limit
         self._pending: deque[_Pending] = deque()

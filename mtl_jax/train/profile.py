@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import jax
 
+from mtl_jax.train.run_folder import refuse_links
 from mtl_jax.train.telling import tell
 
 
@@ -22,9 +23,13 @@ class Profile:
       folder: Where to write; each trace gets a folder of its own in it.
       start: First step to trace; the first of a run is 1.
       stop: First step not to trace.
+
+    Raises:
+      RunFolderError: If the folder is a symbolic link or holds one.
     """
 
     def __init__(self, folder: Path, start: int, stop: int):
+        refuse_links(folder)
         self._folder, self._start, self._stop = folder, start, stop
         self._tracing = False
         self._annotation = contextlib.ExitStack()

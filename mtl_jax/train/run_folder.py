@@ -176,6 +176,24 @@ def open_without_links(path: Path, mode: str) -> IO[Any]:
         ) from error
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuses a folder of a run into which links could lead what is written to it.
+
+    Args:
+      folder: What is in a run's folder, and written by names of others' choice; it may
+        be absent.
+
+    Raises:
+      RunFolderError: If it is a symbolic link, or holds one at any depth.
+    """
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise RunFolderError(
+                f"{path} is a symbolic link, through which nothing is written; put the "
+                "folder or file itself there, or delete the link"
+            )
+
+
 def _opener(path: str, flags: int) -> int:
     # Not on all systems. A pipe would be waited for.
     more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

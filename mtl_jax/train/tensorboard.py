@@ -23,6 +23,7 @@ from tensorboardX.proto.summary_pb2 import (
 from tensorboardX.record_writer import masked_crc32c
 
 from mtl_jax.train.metric_values import cosine_picture, png, split_by_shape
+from mtl_jax.train.run_folder import refuse_links
 from mtl_jax.train.telling import tell
 
 COSINE = "all/cosine"
@@ -45,9 +46,13 @@ class TensorBoard:
     Args:
       folder: Where the files are; made if absent, in a folder that is there.
       tasks: Names of the tasks, in the order of the experiment.
+
+    Raises:
+      RunFolderError: If the folder is a symbolic link or holds one.
     """
 
     def __init__(self, folder: Path, tasks: Sequence[str]):
+        refuse_links(folder)
         self._folder, self._tasks = folder, tuple(tasks)
         self._file: BinaryIO | None = None
         self._ended = False

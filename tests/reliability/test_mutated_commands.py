@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -25,6 +26,8 @@ HERE = Path(__file__).parent
 REAL_TRAIN = train.train
 # Of the commands that get so far, how many are traced for each that is computed.
 TRACED = 7
+# After so long, a command hangs. Most take a thousandth of it on an idle machine.
+SECONDS = 120
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +87,28 @@ def files(folder):
     }
 
 
+class HangsError(BaseException):
+    """A command takes too long; no ``except Exception`` in it keeps it going."""
+
+
+@contextlib.contextmanager
+def deadline(seconds, arguments):
+    """Fails, with the command, where it goes on for longer."""
+
+    def end(*_):
+        raise HangsError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except HangsError:
+        pytest.fail(f"goes on after {seconds} s: {arguments}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def run(arguments):
     """Runs a command here; returns its status (0 if it would train) and its errors."""
     error, known = io.StringIO(), [*sys.path]
@@ -91,6 +116,7 @@ def run(arguments):
         contextlib.redirect_stderr(error),
         contextlib.redirect_stdout(io.StringIO()),
         warnings.catch_warnings(action="error"),
+        deadline(SECONDS, arguments),
     ):
         try:
             cli.main(arguments)
@@ -155,6 +181,18 @@ def test_mutated_commands(monkeypatch, folder):
 @pytest.mark.slow
 def test_500_mutated_commands(monkeypatch, folder):
     assert check_many(monkeypatch, folder, 500) > 25
+
+
+def test_a_command_that_hangs_is_named(monkeypatch):
+    def main(arguments):
+        while True:
+            with contextlib.suppress(Exception):
+                signal.pause()
+
+    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setitem(globals(), "SECONDS", 0.01)
+    with pytest.raises(pytest.fail.Exception, match=r"after 0.01 s: \['show', 'it'\]"):
+        run(["show", "it"])
 
 
 # What mutations found, and what they do not find each time.
