@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.execution import Execution
+from mtl_jax.layers.moe.gates import TaskConditionedGate
 from mtl_jax.layers.moe.routers import (
     ExpertChoice,
     LossFree,
@@ -26,6 +27,9 @@ from mtl_jax.sharding import Rules, make_mesh, param_shardings, spec
 WIDTH, TOKENS, BATCH, EXPERTS = 12, 6, 16, 8
 RULES = Rules()
 COLLECTIONS = ["balance", "losses", "statistics"]
+CONDITIONED = functools.partial(
+    M3ViT, gate=functools.partial(TaskConditionedGate, as_released=True)
+)
 
 
 def layer(router, **changes):
@@ -107,6 +111,13 @@ def test_router_and_experts_learn_and_statistics_are_written(router):
         ),
         # Its bias comes from all groups.
         (LossFree, {"data": 2, "expert": 4}),
+        (Switch, {"data": 2, "expert": 4}),
+        pytest.param(Switch, {"expert": 8}, marks=pytest.mark.slow),
+        *(
+            pytest.param(router, sizes, marks=pytest.mark.slow)
+            for router in (M3ViT, CONDITIONED, ModSquad)
+            for sizes in ({"expert": 8}, {"data": 2, "expert": 4})
+        ),
     ],
     ids=str,
 )
