@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mtl_jax.sharding.distributed import is_main
+from mtl_jax.train.array_sizes import check_array_sizes
 from mtl_jax.train.description import (
     MOST,
     array_differences,
@@ -209,6 +210,7 @@ class Checkpoints:
         # Before anything is restored: storage that reads damage prints pages itself,
         # and what one process finds all must know before they restore together.
         _check_together(folder)
+        check_array_sizes(folder)
         with self._explained(folder):
             self._check_fits(step, folder, wanted)
             restored = self._manager.restore(
