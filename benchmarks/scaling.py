@@ -4,8 +4,8 @@
 
 compiles the training step of `vision_moe:base_1b` for slices of 8 to 4,096 chips of
 v5p, prints the tables of docs/scaling.md and draws docs/images/scaling.png. It takes
-about a minute of two cores a slice; what is in runs/scaling already is not compiled
-again.
+less than a minute of processor time for each of seven compilations; what is in
+runs/scaling already is not compiled again.
 """
 
 import argparse
