@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -128,6 +129,17 @@ def map_groups(
     )
 
 
+def _summable(array: Array) -> Array:
+    """The array in a dtype that `map_experts` can add up over devices.
+
+    XLA for CPUs aborts at sums in bfloat16 over some axes of a mesh where
+    `jax.shard_map` leaves another one to it (JAX 0.10.1).
+    """
+    aborts = platform() == "cpu" and splits_within_experts()
+    narrow = array.dtype == jnp.bfloat16
+    return array.astype(jnp.float32) if aborts and narrow else array
+
+
 def map_experts(
     function: Callable[..., Any], *, gather: bool = True
 ) -> Callable[..., Any]:
@@ -156,18 +168,27 @@ def map_experts(
     axes = tuple(sizes)
     shares = EXPERT_AXIS in sizes
 
-    def local(parameters: Any, *arrays: Any) -> Any:
-        if not (shares and gather):
-            return function(parameters, *arrays)
-        gathered = jax.tree.map(
-            lambda a: jax.lax.all_gather(a, EXPERT_AXIS, tiled=True), arrays
-        )
-        return jax.tree.map(
-            lambda a: jax.lax.psum_scatter(a, EXPERT_AXIS, tiled=True),
-            function(parameters, *gathered),
-        )
-
     def mapped(parameters: Any, *arrays: Any) -> Any:
+        dtypes = jax.tree.map(lambda a: a.dtype, (parameters, arrays))
+
+        def local(parameters: Any, *arrays: Any) -> Any:
+            if shares and gather:
+                arrays = jax.tree.map(
+                    lambda a: jax.lax.all_gather(a, EXPERT_AXIS, tiled=True), arrays
+                )
+            parameters, arrays = jax.tree.map(
+                jax.lax.convert_element_type, (parameters, arrays), dtypes
+            )
+            output = function(parameters, *arrays)
+            if not (shares and gather):
+                return output
+            return jax.tree.map(
+                lambda a: jax.lax.psum_scatter(
+                    _summable(a), EXPERT_AXIS, tiled=True
+                ).astype(a.dtype),
+                output,
+            )
+
         by_expert = PartitionSpec(EXPERT_AXIS if shares else None)
         by_group = PartitionSpec(axes)
         return jax.shard_map(
@@ -178,7 +199,8 @@ def map_experts(
             axis_names=set(axes) | _unused_axes(),
             # Kernels written in Pallas do not say over which axes they vary.
             check_vma=False,
-        )(parameters, *arrays)
+            # The gradients of what several devices have are sums as well.
+        )(*jax.tree.map(_summable, (parameters, *arrays)))
 
     return mapped
 

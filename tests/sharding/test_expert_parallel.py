@@ -81,6 +81,28 @@ def test_nothing_is_mapped_within_a_mapped_function():
         np.testing.assert_array_equal(jax.jit(mapped)(jnp.zeros(8)), np.ones(8))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_experts_add_up_with_an_axis_left_to_the_compiler(dtype):
+    """Whole numbers below 256, which both dtypes have: expert e gives e · x."""
+
+    def experts(factors, x):
+        return jnp.sum(factors) * x
+
+    def loss(factors, x):
+        y = expert_parallel.map_experts(experts)(factors, x)
+        return jnp.sum(y, dtype=jnp.float32), y
+
+    factors = jnp.arange(1, 5).astype(dtype)
+    x = jnp.arange(16).reshape(8, 2).astype(dtype)
+    with jax.set_mesh(make_mesh(data=2, expert=2, model=2)):
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, y), gradients = run(factors, x)
+    assert {leaf.dtype for leaf in (y, *gradients)} == {jnp.dtype(dtype)}
+    np.testing.assert_array_equal(np.float32(y), 10 * np.arange(16).reshape(8, 2))
+    np.testing.assert_array_equal(np.float32(gradients[0]), [120] * 4)
+    np.testing.assert_array_equal(np.float32(gradients[1]), np.full((8, 2), 10))
+
+
 @pytest.mark.parametrize(
     ("num_groups", "num_experts", "message"),
     [
