@@ -40,7 +40,10 @@ def axis_sizes() -> dict[str, int]:
 def platform() -> str:
     """Platform of the mesh now set, such as ``"tpu"``, or JAX's default without one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    device = device or jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 def num_expert_parts() -> int:

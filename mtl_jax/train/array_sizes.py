@@ -73,6 +73,8 @@ def _bytes(folder: Path, name: str, text: bytes) -> int:
             [operator.index(length) for length in lengths]
             for lengths in (document["shape"], chunks)
         )
+        if min([*shape, *chunk, 0]) < 0:
+            raise ValueError("negative sizes would make up for others")
         return max(math.prod(shape), math.prod(chunk)) * kind.itemsize
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise DamagedCheckpointError(

@@ -1,6 +1,7 @@
 """The folder of a run: its config, its metrics, its result."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -186,7 +187,9 @@ def refuse_links(folder: Path) -> None:
     Raises:
       RunFolderError: If it is a symbolic link, or holds one at any depth.
     """
-    for path in (folder, *folder.rglob("*")):
+    # What a link leads to may be large, and is not looked through.
+    inside = () if folder.is_symlink() else folder.rglob("*")
+    for path in itertools.chain([folder], inside):
         if path.is_symlink():
             raise RunFolderError(
                 f"{path} is a symbolic link, through which nothing is written; put the "

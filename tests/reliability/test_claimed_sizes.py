@@ -61,7 +61,7 @@ def read(request, state):
 
 
 def larger(document):
-    """Chunks that are not there are filled with zeros."""
+    """An array that the only chunk, of another size, does not fill."""
     document["shape"] = [2**14, 2**13]
     for grid in (document["chunk_grid"], document["codecs"][0]):
         grid["configuration"]["chunk_shape"] = document["shape"]
@@ -78,6 +78,10 @@ def packed(document):
 
 def endless(document):
     document["shape"] = [float("inf"), 3]
+
+
+def negative(document):
+    document["shape"] = [-(2**60), 1]
 
 
 def text(document):
@@ -113,6 +117,7 @@ def test_it_is_read_as_it_was_written(run, read):
         (larger, r"its arrays would take 536,870,9\d\d bytes, and its files [0-9,]+"),
         (packed, r"its arrays would take 536,870,9\d\d bytes, and its files [0-9,]+"),
         (endless, f"'{NAME}/zarr.json' in state describes no array"),
+        (negative, f"'{NAME}/zarr.json' in state describes no array"),
         (text, f"'{NAME}/zarr.json' in state describes no array"),
         (no_array, f"'{NAME}/zarr.json' in state describes no array"),
     ],

@@ -39,6 +39,13 @@ def test_folders_that_are_links_or_hold_some_are_refused(tmp_path, name, inside)
     )
 
 
+def test_what_a_link_leads_to_is_not_looked_through(tmp_path, monkeypatch):
+    (tmp_path / "faults").symlink_to("/")
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("looks"))
+    with pytest.raises(RunFolderError, match="faults is a symbolic link"):
+        WRITERS["faults"](tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -81,6 +81,14 @@ def test_nothing_is_mapped_within_a_mapped_function():
         np.testing.assert_array_equal(jax.jit(mapped)(jnp.zeros(8)), np.ones(8))
 
 
+def test_the_platform_is_that_of_the_device_to_be_used(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert expert_parallel.platform() == "gpu"
+    for device in ("cpu", jax.devices("cpu")[1]):
+        with jax.default_device(device):
+            assert expert_parallel.platform() == "cpu"
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_experts_add_up_with_an_axis_left_to_the_compiler(dtype):
     """Whole numbers below 256, which both dtypes have: expert e gives e · x."""

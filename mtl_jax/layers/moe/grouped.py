@@ -260,8 +260,9 @@ def _of_owner_forward(bias: Array, owner: Array):
 def _of_owner_backward(residuals, cotangent: Array):
     owner, num_experts = residuals
     mask = jax.nn.one_hot(owner, num_experts, dtype=cotangent.dtype, axis=0)
-    # In truth additions, which do not count.
-    return stated(jnp.matmul, 0)(mask, cotangent), None
+    # In truth additions: they do not count, and lose nothing.
+    add = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return stated(add, 0)(mask, cotangent), None
 
 
 _of_owner.defvjp(_of_owner_forward, _of_owner_backward)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -117,7 +116,7 @@ def suits_hopper(parameters: PyTree) -> bool:
     leaves = jax.tree.leaves(parameters)
     return is_hopper() and all(
         leaf.dtype == leaves[0].dtype
-        and leaf.dtype.itemsize == 2
+        and leaf.dtype in (jnp.bfloat16, jnp.float16)
         and (leaf.ndim < 3 or all(side % 128 == 0 for side in leaf.shape[1:]))
         for leaf in leaves
     )
@@ -157,9 +156,12 @@ def _hopper_backward(residuals, cotangent):
     rows, kernel, count = residuals
     rows_gradient = _hopper_product(cotangent, kernel, count, transpose_rhs=True)
     rows_gradient = _zero_behind(rows_gradient, count)
+    # Not to be imported where there is no such GPU.
+    from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu as kernels
+
     features = cotangent.shape[1]
     product = functools.partial(
-        transposed_ragged_dot_mgpu.transposed_ragged_dot, **_hopper_tiles(features)
+        kernels.transposed_ragged_dot, **_hopper_tiles(features)
     )
     kernel_gradient = _known(product, rows, cotangent, features, group_sizes=count)
     return rows_gradient, kernel_gradient, None
@@ -169,9 +171,11 @@ _hopper.defvjp(_hopper_forward, _hopper_backward)
 
 
 def _hopper_product(rows, kernel, count, *, transpose_rhs: bool):
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu as kernels
+
     features = kernel.shape[1 if transpose_rhs else 2]
     product = functools.partial(
-        ragged_dot_mgpu.ragged_dot,
+        kernels.ragged_dot,
         transpose_rhs=transpose_rhs,
         **_hopper_tiles(features),
     )

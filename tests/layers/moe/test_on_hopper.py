@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 from mtl_jax.flops import count_flops
 from mtl_jax.layers.moe import MoE, grouped_matmul
 from mtl_jax.layers.moe.execution import Execution, choose
-from mtl_jax.sharding import expert_parallel
+from mtl_jax.sharding import expert_parallel, make_mesh
 
 DROPLESS = {"capacity_factor": None, "num_selected": 2, "uses_matmuls": True}
 
@@ -75,8 +76,40 @@ def test_product_and_gradients_are_kernels_that_count_every_row_once(hopper):
     assert count_flops(traced.jaxpr) == 3 * 2 * 384 * 128 * 384
 
 
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "expert": 4}], ids=str)
+def test_layers_on_meshes_are_lowered_with_kernels(monkeypatch, mesh):
+    mesh = make_mesh(**mesh, devices=jax.devices())
+    device = SimpleNamespace(core_count=132, compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(expert_parallel, "platform", lambda: "gpu")
+    layer = MoE(4, 384, 1, capacity_factor=None, dtype=jnp.bfloat16)
+    x = jnp.ones((8, 6, 128), jnp.bfloat16)
+
+    def loss(variables):
+        y = layer.apply(variables, x, train=False)
+        return jnp.sum(jnp.asarray(y), dtype=jnp.float32)
+
+    with jax.set_mesh(mesh):
+        variables = nn.unbox(
+            jax.eval_shape(lambda: layer.init(jax.random.key(0), x, train=False))
+        )
+        traced = jax.jit(jax.grad(loss)).trace(variables)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Two products forward; backward, two for the kernels and one for the rows between.
+    assert program.count("custom_call @mosaic_gpu") == 5
+
+
+def compute_capability():
+    """Of the first NVIDIA GPU; empty where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=True)
+    return found.stdout.split()[0]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a GPU")
+@pytest.mark.skipif(compute_capability() != "9.0", reason="needs a Hopper GPU")
 def test_on_the_gpu():
     script = Path(__file__).with_name("on_hopper.py")
     environment = os.environ | {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
