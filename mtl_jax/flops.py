@@ -29,8 +29,8 @@ def counted(function: Callable, times: Fraction) -> Callable:
 def stated(function: Callable, flops: int) -> Callable:
     """The same function, of which `count_flops` takes ``flops`` without a look inside.
 
-    For kernels that say nothing of themselves. Its derivatives would be taken to cost as
-    much, and so would all of it under `jax.vmap`.
+    For kernels that say nothing of themselves. Its derivatives would be taken to cost
+    as much, and so would all of it under `jax.vmap`.
     """
     return _named(function, f"flops_are_{flops}")
 

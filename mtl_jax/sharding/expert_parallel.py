@@ -40,7 +40,7 @@ def axis_sizes() -> dict[str, int]:
 def platform() -> str:
     """Platform of the mesh now set, such as ``"tpu"``, or JAX's default without one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    device = device or jax.config.jax_default_device
+    device = device or jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
