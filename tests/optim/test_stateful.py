@@ -385,7 +385,7 @@ def test_cross_gramian_of_two_batches_matches_flat_rows():
     np.testing.assert_array_equal(
         optim.cross_gramian(first, first), optim.gramian(first)
     )
-    with pytest.raises(ValueError, match="mismatch|structure error"):
+    with pytest.raises(ValueError, match=r"mismatch|structure error"):
         optim.cross_gramian(first, {"kernel": second["kernel"]})
     # 4096 products of 1: a bfloat16 sum would stop at 256.
     ones = {"kernel": jnp.ones((2, 64, 64), jnp.bfloat16)}
