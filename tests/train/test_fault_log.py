@@ -124,6 +124,7 @@ def final_state(program, folder):
     )
 
 
+@pytest.mark.slow
 def test_an_interruption_changes_no_count(
     program, whole, batches, tmp_path, monkeypatch
 ):

@@ -108,6 +108,7 @@ def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypat
     np.testing.assert_allclose(speed, 5 * 16 / seconds)
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_read_cost_no_step(program, whole, tmp_path, monkeypatch):
     uninterrupted, _ = whole
     folder = RunFolder(tmp_path)

@@ -61,6 +61,7 @@ def test_experts_are_sharded_and_tokens_are_exchanged():
     assert "all-gather" not in text
 
 
+@pytest.mark.slow
 def test_data_mesh_step_equals_a_pmap_step():
     """The data mesh against the older way: one program a device, gradients averaged."""
     # Not Adam, whose first step hides the size of gradients, nor a warm-up from 0.
