@@ -87,6 +87,8 @@ def make_topology(name: str) -> Topology:
     if chip.name == "v4":
         # Its two cores as the one device that they are on real slices.
         options["chip_config_name"] = "megacore"
+    if chip.name == "tpu7x":
+        _keep_sums_from_sparse_cores()
     if math.prod(shape) < 4:
         # Less than the board of four chips that is the default.
         options["chips_per_host_bounds"] = shape
@@ -99,6 +101,13 @@ def make_topology(name: str) -> Topology:
             f"topology {name!r} cannot be made: {error}; choose sides that are even"
         ) from error
     return Topology(name, chip, shape, tuple(description.devices))
+
+
+def _keep_sums_from_sparse_cores() -> None:
+    """On some meshes, such as pairs of devices, libtpu aborts where they add up."""
+    flag = "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=false"
+    given = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([flag, *given])
 
 
 def _check_libtpu() -> None:

@@ -86,6 +86,17 @@ def test_a_chip_of_two_devices(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_a_chip_of_two_devices_that_add_up_in_pairs(tmp_path):
+    """In a process of its own, as libtpu reads its arguments once, and might abort."""
+    command = ["compile", "vision_moe:tiny_6m", "--topology", "tpu7x:2x2x1", "--quick"]
+    command += ["--set", "mesh.expert=2", "--output", "found.json"]
+    command = [sys.executable, ROOT / "run.py", *command]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["mesh"]["expert"] == 2
+
+
+@pytest.mark.slow
 def test_a_search_compiles_until_it_has_the_largest_batch(
     tmp_path, monkeypatch, capsys
 ):
