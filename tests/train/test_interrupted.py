@@ -3,15 +3,14 @@
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import shutil
 import signal
 import time
 
 import jax
-import numpy as np
 import pytest
+from same_run import assert_same_run, timing_lines
 from small import Tiles, experiment
 
 from mtl_jax import optim
@@ -27,7 +26,6 @@ from mtl_jax.train import (
     loop,
     train,
 )
-from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.program import Program
 
 
@@ -88,37 +86,6 @@ def whole(program, tmp_path_factory):
     return folder, train(program, folder, "small")
 
 
-def final_state(program, folder):
-    checkpoints = Checkpoints(folder.path / loop.CHECKPOINTS, read_only=True)
-    state = checkpoints.restore_state(6, program.fresh_state())
-    checkpoints.close()
-    return state
-
-
-def as_numpy(leaf):
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
-
-
-def timing_lines(folder):
-    lines = (folder.path / loop.TIMINGS).read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def assert_same(program, ours, theirs):
-    """The same metrics and the same final state, to the last bit."""
-    expected = (theirs.path / loop.METRICS).read_bytes()
-    assert (ours.path / loop.METRICS).read_bytes() == expected
-    jax.tree.map(
-        lambda mine, yours: np.testing.assert_array_equal(
-            as_numpy(mine), as_numpy(yours)
-        ),
-        final_state(program, ours),
-        final_state(program, theirs),
-    )
-
-
 class StopWhileEvaluating:
     """Signals that come when an evaluation is about to take its ``number``-th batch."""
 
@@ -153,7 +120,7 @@ def test_an_evaluation_cut_short_is_made_up_for(
         assert (tmp_path / loop.CHECKPOINTS / str(step)).is_dir()
         assert folder.read_json(loop.RESULT) is None
     result = train(program, folder, "small")
-    assert_same(program, folder, whole[0])
+    assert_same_run(program, folder, whole[0])
     assert result["tasks"] == whole[1]["tasks"]
     assert [line["step"] for line in timing_lines(folder)] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / loop.UNEVALUATED).exists()
@@ -245,7 +212,7 @@ def test_a_run_whose_disk_is_full_is_saved_elsewhere(
     copy = RunFolder(elsewhere)
     assert copy.read_json("config.json") == {"config": "small"}
     train(program, copy, "small")
-    assert_same(program, copy, whole[0])
+    assert_same_run(program, copy, whole[0])
 
 
 def test_a_run_whose_checkpoints_fail_is_saved_elsewhere(program, whole, tmp_path):
@@ -256,7 +223,7 @@ def test_a_run_whose_checkpoints_fail_is_saved_elsewhere(program, whole, tmp_pat
         train(program, folder, "small", [event], fallback=fallback)
     copy = RunFolder(elsewhere)
     train(program, copy, "small")
-    assert_same(program, copy, whole[0])
+    assert_same_run(program, copy, whole[0])
 
 
 def test_a_run_whose_folder_is_removed_is_saved_elsewhere(program, whole, tmp_path):
@@ -281,7 +248,7 @@ def test_a_full_disk_without_a_place_elsewhere(program, whole, tmp_path, monkeyp
         with pytest.raises(RunFolderError, match=advice):
             train(program, folder, "small", [event])
     train(program, folder, "small")
-    assert_same(program, folder, whole[0])
+    assert_same_run(program, folder, whole[0])
 
 
 def test_places_that_are_no_fallback(tmp_path):
@@ -338,4 +305,4 @@ def test_runs_of_methods_continue_to_the_last_bit(tmp_path, method, dtype):
         with pytest.raises(StoppedError):
             train(program, folder, "small", signals=StopAfter(step))
     train(program, folder, "small")
-    assert_same(program, folder, undisturbed)
+    assert_same_run(program, folder, undisturbed)

@@ -2,9 +2,9 @@ import itertools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
+from same_run import assert_same_run, timing_lines
 from small import Tiles, experiment
 
 from mtl_jax import optim
@@ -39,37 +39,6 @@ def whole(program, tmp_path_factory):
     result = train(program, folder, "small")
     assert victim.read_text() == "precious"
     return folder, result
-
-
-def final_state(program, folder, step=6):
-    checkpoints = Checkpoints(folder.path / loop.CHECKPOINTS)
-    state = checkpoints.restore_state(step, program.init_state())
-    checkpoints.close()
-    return state
-
-
-def as_numpy(leaf):
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
-
-
-def assert_same_run(program, ours, theirs):
-    """The same metrics and the same final state, to the last bit."""
-    expected = (theirs.path / loop.METRICS).read_bytes()
-    assert (ours.path / loop.METRICS).read_bytes() == expected
-    jax.tree.map(
-        lambda mine, yours: np.testing.assert_array_equal(
-            as_numpy(mine), as_numpy(yours)
-        ),
-        final_state(program, ours),
-        final_state(program, theirs),
-    )
-
-
-def timing_lines(folder):
-    lines = (folder.path / loop.TIMINGS).read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_a_stopped_run_continues_bit_for_bit(program, whole, tmp_path, monkeypatch):
