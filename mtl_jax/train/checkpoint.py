@@ -31,7 +31,7 @@ from mtl_jax.train.integrity import (
     check_contents,
     check_files,
 )
-from mtl_jax.train.run_folder import RunFolderError, storage_fault
+from mtl_jax.train.run_folder import RunFolderError, refuse_links, storage_fault
 from mtl_jax.train.state import TrainState
 
 FILE_BYTES = 2**27
@@ -57,6 +57,9 @@ class Checkpoints:
       keep: How many of the newest to keep.
       read_only: Whether to leave the folder as it is, which another process may be
         writing; nothing is made, saved or deleted.
+
+    Raises:
+      RunFolderError: If the folder or a checkpoint in it is a symbolic link.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Checkpoints:
         self._directory = directory
         self._description = dict(description or {})
         self._read_only = read_only
+        # Below, nothing is written, but for what is made anew.
+        refuse_links(directory, "*")
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(

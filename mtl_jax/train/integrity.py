@@ -234,14 +234,21 @@ def _files(folder: Path) -> list[str]:
     return sorted(_walk(folder, folder))
 
 
-def _walk(folder: Path, root: Path) -> Iterable[str]:
+def _walk(folder: Path, root: Path, hidden: bool = False) -> Iterable[str]:
     for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path, root)
-        elif path.is_file() and path != root / MANIFEST:
-            yield path.relative_to(root).as_posix()
+        name = path.relative_to(root).as_posix()
+        passed_over = hidden or path.name.startswith(".")
+        link = path.is_symlink()
+        if path.is_dir() and not link:
+            yield from _walk(path, root, passed_over)
+        elif not path.is_file() or (link and passed_over):
+            # A stranger's index of arrays may lead to any file in the checkpoint, and a
+            # pipe never ends.
+            raise DamagedCheckpointError(
+                root, f"{name} is neither a file nor a folder of its own"
+            )
+        elif not passed_over and name != MANIFEST:
+            yield name
 
 
 def _sha256(path: Path) -> str:

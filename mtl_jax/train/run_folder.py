@@ -177,19 +177,20 @@ def open_without_links(path: Path, mode: str) -> IO[Any]:
         ) from error
 
 
-def refuse_links(folder: Path) -> None:
+def refuse_links(folder: Path, inside: str = "**/*") -> None:
     """Refuses a folder of a run into which links could lead what is written to it.
 
     Args:
       folder: What is in a run's folder, and written by names of others' choice; it may
         be absent.
+      inside: Pattern of what in it must not be a link either; all by default.
 
     Raises:
-      RunFolderError: If it is a symbolic link, or holds one at any depth.
+      RunFolderError: If it is a symbolic link, or holds one of that pattern.
     """
     # What a link leads to may be large, and is not looked through.
-    inside = () if folder.is_symlink() else folder.rglob("*")
-    for path in itertools.chain([folder], inside):
+    found = () if folder.is_symlink() else folder.glob(inside)
+    for path in itertools.chain([folder], found):
         if path.is_symlink():
             raise RunFolderError(
                 f"{path} is a symbolic link, through which nothing is written; put the "

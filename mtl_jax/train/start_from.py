@@ -24,7 +24,7 @@ from mtl_jax.train.integrity import (
     check_files,
     saved_steps,
 )
-from mtl_jax.train.run_folder import RunFolderError
+from mtl_jax.train.run_folder import RunFolderError, refuse_links
 
 
 def start_from(
@@ -144,6 +144,7 @@ def _read(run: str, *, shapes_only: bool) -> tuple[str, Any]:
     are not checked. A ValueError if the run keeps more than parameters.
     """
     directory = Path(run) / "checkpoints"
+    refuse_links(directory, "*")
     listed = saved_steps(directory)
     if not listed:
         raise RunFolderError(f"{run} has no checkpoints to start from; train it first")

@@ -1,5 +1,6 @@
 """Links in a stranger's run folder, which would lead what a run writes elsewhere."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ import mutations
 
 from mtl_jax import cli
 from mtl_jax.train import RunFolderError
+from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.fault_log import FaultLog
+from mtl_jax.train.integrity import check_files, write_manifest
 from mtl_jax.train.profile import Profile
+from mtl_jax.train.start_from import start_from
 from mtl_jax.train.tensorboard import TensorBoard
 
 HERE = Path(__file__).parent
@@ -41,7 +45,7 @@ def test_folders_that_are_links_or_hold_some_are_refused(tmp_path, name, inside)
 
 def test_what_a_link_leads_to_is_not_looked_through(tmp_path, monkeypatch):
     (tmp_path / "faults").symlink_to("/")
-    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("looks"))
+    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("looks"))
     with pytest.raises(RunFolderError, match="faults is a symbolic link"):
         WRITERS["faults"](tmp_path)
 
@@ -52,6 +56,7 @@ def test_what_a_link_leads_to_is_not_looked_through(tmp_path, monkeypatch):
         ("tensorboard", ["--tensorboard"]),
         ("profile", ["--profile", "1:2"]),
         ("faults", []),
+        ("checkpoints", []),
     ],
 )
 def test_a_run_does_not_begin_to_write_through_them(
@@ -71,3 +76,54 @@ def test_a_run_does_not_begin_to_write_through_them(
     assert error.startswith(f"mtl-jax: error: {run / name} is a symbolic link, through")
     assert error.count("\n") == 1
     assert not any(elsewhere.iterdir())
+
+
+READERS = {
+    "train": lambda run: Checkpoints(run / "checkpoints"),
+    "read": lambda run: Checkpoints(run / "checkpoints", read_only=True),
+    "start": lambda run: start_from({}, run=str(run), make=lambda new, old: old),
+}
+
+
+@pytest.mark.parametrize("inside", ["", "3", "3.orbax-checkpoint-tmp", ".writable"])
+@pytest.mark.parametrize("name", READERS)
+def test_checkpoints_that_are_links_are_refused(tmp_path, name, inside):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (run, elsewhere / "3"):
+        folder.mkdir(parents=True)
+    (elsewhere / "3" / "kept").touch()
+    link = run / "checkpoints" / inside
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(elsewhere / inside)
+    with pytest.raises(RunFolderError) as error:
+        READERS[name](run)
+    assert str(error.value).startswith(f"{link} is a symbolic link, through which")
+    assert [path.name for path in elsewhere.rglob("*")] == ["3", "kept"]
+
+
+def test_files_of_a_checkpoint_may_be_links_and_its_folders_not(tmp_path):
+    """A cache keeps a file once that several folders hold; SHA-256 tell what it is."""
+    cached, checkpoint = tmp_path / "cached", tmp_path / "3"
+    checkpoint.mkdir()
+    cached.write_text("content")
+    (checkpoint / "state").symlink_to(cached)
+    write_manifest(checkpoint)
+    assert check_files(checkpoint) == {}
+    cached.write_text("another")
+    with pytest.raises(RunFolderError, match="state has another content"):
+        check_files(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["state", ".state", ".hidden/state"])
+@pytest.mark.parametrize("make", ["folder", "nothing", "pipe", "device"])
+def test_what_else_a_checkpoint_holds_is_not_opened(tmp_path, make, name):
+    checkpoint, inside = tmp_path / "3", tmp_path / "3" / name
+    inside.parent.mkdir(parents=True)
+    write_manifest(checkpoint)
+    if make == "pipe":
+        os.mkfifo(inside)
+    else:
+        leads = {"folder": tmp_path, "nothing": "nowhere", "device": "/dev/zero"}
+        inside.symlink_to(leads[make])
+    with pytest.raises(RunFolderError, match=f"{name} is neither a file nor a folder"):
+        check_files(checkpoint)
