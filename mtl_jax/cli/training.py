@@ -1,10 +1,11 @@
 """``mtl-jax train``: train a config, or continue its run."""
 
 import argparse
+import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def _train(options: argparse.Namespace) -> None:
             train.check_initialize(initialize, program.abstract_params())
         check_profile(options.profile, experiment.num_steps, workdir)
         fallback = None
-        if options.fallback_dir is not None and not (workdir / "result.json").exists():
+        finished = (workdir / "result.json").exists()
+        distributed.check_same([str(options.fallback_dir), finished])
+        if options.fallback_dir is not None and not finished:
             train.check_fallback(options.fallback_dir, workdir)
             fallback = train.Fallback(options.fallback_dir, document)
         # Made only now: a mistake leaves no folder behind.
@@ -83,6 +86,7 @@ def _train(options: argparse.Namespace) -> None:
         with (
             leaving_at_once(),
             user_errors((train.RunFolderError, OSError)),
+            _ending_together(),
             storage_is_quiet(),
             train.StopSignals() as signals,
             train.locked(workdir),
@@ -125,6 +129,24 @@ def _train(options: argparse.Namespace) -> None:
     print()
     print(format_table(results_table(result)))
     print(f"\nreport: {page}")
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Lets several processes end together that cannot write the run folder any more.
+
+    Else JAX would abort those that end a little later than process 0.
+    """
+    import jax
+
+    from mtl_jax import train
+
+    try:
+        yield
+    except train.UnwritableError:
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
+        raise
 
 
 def _look(

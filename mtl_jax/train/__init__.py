@@ -9,7 +9,7 @@ from mtl_jax.train.lock import locked
 from mtl_jax.train.loop import CHECKPOINTS, train
 from mtl_jax.train.optimizer import adamw, sgd
 from mtl_jax.train.program import Program, build_program
-from mtl_jax.train.rescue import Fallback, check_fallback
+from mtl_jax.train.rescue import Fallback, UnwritableError, check_fallback
 from mtl_jax.train.run_folder import RunFolder, RunFolderError
 from mtl_jax.train.saved_run import evaluate_run, restore_run
 from mtl_jax.train.stopping import STATUS, StoppedError, StopSignals
@@ -27,6 +27,7 @@ __all__ = [
     "RunFolderError",
     "StopSignals",
     "StoppedError",
+    "UnwritableError",
     "adamw",
     "build_program",
     "check_fallback",

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mtl_jax.sharding.distributed import is_main
-from mtl_jax.train.array_sizes import check_array_sizes
+from mtl_jax.train.agreement import told_by_all
+from mtl_jax.train.array_sizes import array_sizes_checked
 from mtl_jax.train.description import (
     MOST,
     array_differences,
@@ -42,6 +44,9 @@ UNREADABLE = (
 )
 """What Orbax and its storage raise where files are not what they expect."""
 
+POLL_SECONDS = 0.05
+"""How often several processes tell each other how their saves go."""
+
 
 class Checkpoints:
     """The checkpoints of one run, saved in the background.
@@ -57,6 +62,8 @@ class Checkpoints:
       keep: How many of the newest to keep.
       read_only: Whether to leave the folder as it is, which another process may be
         writing; nothing is made, saved or deleted.
+      barriers: What the points where several processes wait for each other are called.
+        Where saves of two folders overlap, it must tell them apart.
 
     Raises:
       RunFolderError: If the folder or a checkpoint in it is a symbolic link.
@@ -69,13 +76,15 @@ class Checkpoints:
         *,
         keep: int = 2,
         read_only: bool = False,
+        barriers: str | None = None,
     ):
         self._directory = directory
         self._description = dict(description or {})
         self._read_only = read_only
         # Below, nothing is written, but for what is made anew.
         refuse_links(directory, "*")
-        self._manager = ocp.CheckpointManager(
+        self._given_up = False
+        self._manager = _Manager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None if read_only else keep,
@@ -84,6 +93,9 @@ class Checkpoints:
                 read_only=read_only,
                 save_interval_steps=0 if read_only else 1,
                 temporary_path_class=CheckedTemporaryPath,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=barriers
+                ),
                 # Metadata may be damaged, and are looked at once they are checked.
                 lightweight_initialize=True,
             ),
@@ -214,8 +226,8 @@ class Checkpoints:
         wanted = _as_pytree(like)
         # Before anything is restored: storage that reads damage prints pages itself,
         # and what one process finds all must know before they restore together.
-        _check_together(folder)
-        check_array_sizes(folder)
+        with array_sizes_checked(folder):
+            _check_together(folder)
         with self._explained(folder):
             self._check_fits(step, folder, wanted)
             restored = self._manager.restore(
@@ -314,13 +326,52 @@ class Checkpoints:
             self._manager.reload()
 
     def wait(self) -> None:
-        """Waits until pending saves are complete."""
-        self._manager.wait_until_finished()
+        """Waits until pending saves are complete, or one of them has failed.
+
+        All processes must call it. They wait for the slowest, but none for one that has
+        failed: such a save is given up.
+
+        Raises:
+          Exception: What Orbax and its storage raise, in the process whose part of a
+            save has failed. The others must be told.
+        """
+        while jax.process_count() > 1:
+            failed = self._manager.failure is not None
+            mine = failed, self._manager.is_saving_in_progress()
+            failures, pending = multihost_utils.process_allgather(np.array(mine)).T
+            self._given_up = self._given_up or bool(failures.any())
+            if self._given_up or not pending.any():
+                break
+            time.sleep(POLL_SECONDS)
+        if self._manager.failure is not None:
+            raise self._manager.failure
+        if not self._given_up:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for pending saves, and ends what works in the background."""
-        self.wait()
-        self._manager.close()
+        """Waits for pending saves of this process, and ends what works for them."""
+        # Those that are given up may wait for other processes for long.
+        if not self._given_up:
+            self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Tells of a save that has failed while Orbax still waits for other processes.
+
+    Attributes:
+      failure: What its part of a save has failed with in this process.
+    """
+
+    failure: Exception | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        # At the end of a save, in the background. The processes without a fault wait
+        # for this one to end its part, and this one for them to end the save.
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 def _check_together(folder: Path) -> None:
@@ -330,24 +381,20 @@ def _check_together(folder: Path) -> None:
       DamagedCheckpointError: In all processes, if one finds damage.
       RunFolderError: In all processes, if one cannot read it.
     """
-    fault: RunFolderError | None = None
+    damage = fault = None
     try:
         large = sorted(check_files(folder).items())
         share = large[jax.process_index() :: jax.process_count()]
         check_contents(folder, dict(share))
+    except DamagedCheckpointError as error:
+        damage = error.reason
     except RunFolderError as error:
-        fault = error
-    damaged = isinstance(fault, DamagedCheckpointError)
-    text = "" if fault is None else fault.reason if damaged else str(fault)
-    words = np.zeros(1024, np.uint8)
-    encoded = np.frombuffer(text.encode()[: words.size - 1], np.uint8)
-    words[0], words[1 : 1 + encoded.size] = damaged, encoded
-    for row in multihost_utils.process_allgather(words):
-        reason = bytes(row[1:]).rstrip(b"\0").decode(errors="replace")
-        if row[0]:
+        fault = str(error)
+    for reason, text in zip(told_by_all(damage), told_by_all(fault), strict=True):
+        if reason is not None:
             raise DamagedCheckpointError(folder, reason)
-        if reason:
-            raise RunFolderError(reason)
+        if text is not None:
+            raise RunFolderError(text)
 
 
 def _free_name(folder: Path) -> Path:

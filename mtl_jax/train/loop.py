@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mtl_jax.data.mixture import training_batches
 from mtl_jax.sharding.distributed import is_main
+from mtl_jax.train.agreement import first_told
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.description import describe
 from mtl_jax.train.evaluate import CutShortError, make_evaluate
@@ -286,6 +287,8 @@ class _Loop:
         self._fault_log: FaultLog = faults
         self._signals: StopSignals = signals
         self._rescue: Callable[..., RunFolderError] = rescue
+        # What this process knows of storage that fails, and what all of them do.
+        self._noted: str | None = None
         self._fault: str | None = None
         self._unwritten = Unwritten([], {})
         self.final_scores: dict[str, Any] | None = None
@@ -301,11 +304,13 @@ class _Loop:
         done = int(state.step)
         if unevaluated is not None:
             self._evaluate_and_log(done, state, unevaluated["metrics"], True)
+            self._agree()
             if self._signals.interrupted() or self._fault is not None:
                 self._finish(done, state, batches)
                 return state
             if is_main():
-                (self._folder.path / UNEVALUATED).unlink(missing_ok=True)
+                with self._noting_faults():
+                    (self._folder.path / UNEVALUATED).unlink(missing_ok=True)
         unlogged: tuple[int, Metrics] | None = None
         self._timings.start()
         for step in range(done + 1, experiment.num_steps + 1):
@@ -343,6 +348,9 @@ class _Loop:
                 self._timings.start()
             elif step % experiment.log_every == 0:
                 unlogged = step, metrics
+            if evaluate or save or jax.process_count() == 1:
+                # Several processes wait for each other here anyway.
+                self._agree()
             stopped = self._signals.stops_after(step)
             if (stopped is not None or self._fault is not None) and not last:
                 self._end_early(step, state, batches, unlogged)
@@ -378,7 +386,7 @@ class _Loop:
             self._unwritten.lines.append((name, content))
             with self._noting_faults():
                 self._folder.append(name, content)
-        if self._fault is None:
+        if self._noted is None:
             self._unwritten.lines.clear()
 
     def _enter(self, step: int, phase: str) -> None:
@@ -428,23 +436,41 @@ class _Loop:
     ) -> None:
         self._append([(SPIKES, line) for line in self._fault_log.take(step)])
         self._fault_log.check()
+        if is_main() and self._noted is None:
+            with self._noting_faults():
+                # Where Orbax cannot make a folder, its threads wait for it for minutes.
+                self._probe()
+        self._enter(step, "saving")
+        self._wait_for_saves()
         if self._fault is not None:
             return
-        self._enter(step, "saving")
-        with self._noting_faults():
-            # Where Orbax cannot make a folder, its threads wait for it for minutes.
-            self._probe()
+        if jax.process_count() > 1:
+            # They are in the middle of it together: one that fails cannot tell.
             self._checkpoints.save(step, state, batches)
+            return
+        with self._noting_faults():
+            self._checkpoints.save(step, state, batches)
+
+    def _wait_for_saves(self) -> None:
+        """Waits until what is being saved is, or all processes know that it is not."""
+        # One that has a fault does not wait, unless others wait for it.
+        if self._noted is None or jax.process_count() > 1:
+            with self._noting_faults():
+                self._checkpoints.wait()
+        self._agree()
+
+    def _agree(self) -> None:
+        """Lets all processes know of a fault of one."""
+        self._fault = first_told(self._noted)
 
     def _finish(
         self, step: int, state: TrainState, batches: grain.DatasetIterator
     ) -> None:
         """Waits until all is saved, in the run's folder or elsewhere."""
-        if self._fault is None:
-            with self._noting_faults():
-                self._checkpoints.close()
+        self._wait_for_saves()
         if self._fault is not None:
             raise self._rescue(self._fault, self._unwritten, step, state, batches)
+        self._checkpoints.close()
 
     @contextlib.contextmanager
     def _noting_faults(self) -> Iterator[None]:
@@ -461,11 +487,10 @@ class _Loop:
                     fault = storage_fault(cause)
                 else:
                     raise
-            self._fault = self._fault or fault
+            self._noted = self._noted or fault
 
     def _probe(self) -> None:
         """Fails where no folder can be made for a checkpoint."""
-        if is_main():
-            probe = self._folder.path / CHECKPOINTS / ".writable"
-            probe.mkdir(exist_ok=True)
-            probe.rmdir()
+        probe = self._folder.path / CHECKPOINTS / f".writable_{jax.process_index()}"
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()

@@ -1,13 +1,14 @@
 """What becomes of a run whose folder can no longer be written."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import grain
-import jax
 
+from mtl_jax.sharding.distributed import check_shared, is_main
+from mtl_jax.train.agreement import first_told
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.run_folder import (
     IDENTITY,
@@ -18,13 +19,22 @@ from mtl_jax.train.run_folder import (
 )
 from mtl_jax.train.state import TrainState
 
+Made = TypeVar("Made")
+
+
+class UnwritableError(RunFolderError):
+    """A run stopped as its folder cannot be written any more; all processes raise it.
+
+    The message says whether it is saved elsewhere.
+    """
+
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
     """A second place for a run.
 
     Attributes:
-      path: The folder, which holds no run.
+      path: The folder, which holds no run; of several processes the same.
       document: Content of the run's ``config.json``.
     """
 
@@ -48,21 +58,40 @@ class Unwritten:
 def check_fallback(path: Path, run: Path) -> None:
     """Checks that a run can be saved in a folder if its own fails.
 
-    Of several processes, one that cannot write must not save alone.
+    All processes must call it; the first one looks.
 
     Args:
       path: The folder; one that is absent is made, and removed again.
       run: The run's own, which need not be there yet.
 
     Raises:
-      RunFolderError: If there are several processes; or one of the two is in the other,
-        the folder is not empty, or it cannot be written.
+      RunFolderError: In all processes, if one of the two folders is in the other, the
+        folder is not empty, it cannot be written, or not all processes see it.
     """
-    if jax.process_count() > 1:
+    absent = not path.exists()
+    fault = None
+    try:
+        if is_main():
+            _check_alone(path, run)
+    except (OSError, ValueError) as error:
+        fault = error
+    told = first_told(None if fault is None else str(fault))
+    if told is not None:
+        raise RunFolderError(told) from fault
+    try:
+        check_shared(path)
+    except ValueError as error:
         raise RunFolderError(
-            f"--fallback-dir is {path}, but there are {jax.process_count()} processes; "
-            "leave it out, as only a run of a single process can be saved elsewhere"
-        )
+            f"--fallback-dir is {path}, which is not the same folder for all "
+            "processes; choose one on storage that they share"
+        ) from error
+    finally:
+        if absent and is_main():
+            path.rmdir()
+
+
+def _check_alone(path: Path, run: Path) -> None:
+    """The part of `check_fallback` for one process, which leaves the folder there."""
     there, own = path.resolve(), run.resolve()
     if there == own or own in there.parents:
         raise RunFolderError(
@@ -79,12 +108,9 @@ def check_fallback(path: Path, run: Path) -> None:
             f"--fallback-dir is {path}, which holds a run; continue that by --workdir "
             f"{path}, or choose another"
         )
-    absent = not path.exists()
     try:
         RunFolder(path)
         empty = not any(path.iterdir())
-        if absent:
-            path.rmdir()
     except (OSError, RunFolderError) as error:
         cause = error.__cause__ or error
         raise RunFolderError(
@@ -106,8 +132,11 @@ def rescue(
     step: int,
     state: TrainState,
     data: grain.DatasetIterator,
-) -> RunFolderError:
+) -> UnwritableError:
     """Saves a run elsewhere, if there is an elsewhere.
+
+    All processes must call it, and know of the fault. None may be saving any more, but
+    for saves that have failed.
 
     Args:
       folder: Its own.
@@ -120,41 +149,78 @@ def rescue(
       data: The iterator over training batches, which stands there.
 
     Returns:
-      What to tell the user.
+      What to tell the user, in all processes the same.
     """
     failed = f"cannot write to the run folder {folder.path} any more: {fault}"
     if fallback is None:
-        return RunFolderError(
+        return UnwritableError(
             f"{failed}; stopped at step {step}: the same command continues from the "
             "last checkpoint once that is mended (with --fallback-dir DIR all would "
             "have been saved there)"
         )
+    directory = fallback.path / "checkpoints"
     try:
-        copy = RunFolder(fallback.path)
-        lost = _copy_logs(folder, copy, unwritten.lines, step)
-        if identity := _identity(folder):
-            copy.write_json(IDENTITY, identity)
-        for name, document in unwritten.documents.items():
-            copy.write_json(name, document)
-        checkpoints = Checkpoints(fallback.path / "checkpoints", description)
+        lost = _together(lambda: _write_logs(folder, fallback, unwritten, step))
+        # All processes are in the midst of these two: one that fails cannot tell.
+        checkpoints = Checkpoints(directory, description, barriers="fallback")
         checkpoints.save(step, state, data)
+        _together(checkpoints.wait)
         checkpoints.close()
         # Written last: its presence says that there is a run.
-        copy.write_json("config.json", fallback.document)
-    except (OSError, ValueError) as error:
-        also = storage_fault(error)
-        if also is None:
-            raise
-        return RunFolderError(
-            f"{failed}; nor could it be saved in {fallback.path}: {also}; the same "
+        copy = RunFolder(fallback.path, writes=is_main())
+        _together(lambda: copy.write_json("config.json", fallback.document))
+    except _FailsTooError as error:
+        return UnwritableError(
+            f"{failed}; nor could it be saved in {fallback.path}: {error}; the same "
             "command continues from the last checkpoint once that is mended"
         )
-    without = f", but for {' and '.join(lost)}, which could not be read" if lost else ""
-    return RunFolderError(
+    names = first_told(" and ".join(lost) or None)
+    without = "" if names is None else f", but for {names}, which could not be read"
+    return UnwritableError(
         f"{failed}; all is saved at step {step} in {fallback.path}{without}; to "
         f"continue, give the same command --workdir {fallback.path}, and no or another "
         "--fallback-dir"
     )
+
+
+class _FailsTooError(Exception):
+    """Where a run was to be saved, storage fails as well."""
+
+
+def _together(part: Callable[[], Made]) -> Made:
+    """Does a part of the work in all processes; fails in all, if storage does in one.
+
+    Raises:
+      _FailsTooError: Then.
+    """
+    made, fault = None, None
+    try:
+        made = part()
+    except (OSError, ValueError) as error:
+        cause = error.__cause__
+        fault = storage_fault(cause if isinstance(cause, OSError) else error)
+        if fault is None:
+            raise
+    told = first_told(fault)
+    if told is not None:
+        raise _FailsTooError(told)
+    return cast(Made, made)
+
+
+def _write_logs(
+    folder: RunFolder, fallback: Fallback, unwritten: Unwritten, step: int
+) -> list[str]:
+    """Writes logs and documents; returns names of those that cannot be read."""
+    if not is_main():
+        return []
+    copy = RunFolder(fallback.path)
+    lost = _copy_logs(folder, copy, unwritten.lines, step)
+    if identity := _identity(folder):
+        copy.write_json(IDENTITY, identity)
+    for name, document in unwritten.documents.items():
+        copy.write_json(name, document)
+    (fallback.path / "checkpoints").mkdir()
+    return lost
 
 
 def _identity(folder: RunFolder) -> Mapping[str, Any] | None:

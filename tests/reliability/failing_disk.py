@@ -1,0 +1,65 @@
+"""A command whose process has a disk that fails once a step is logged.
+
+    python failing_disk.py FAULT:STEP ARGUMENT...
+
+FAULT is one of those below, or anything else for a sound disk. Where there is a
+fallback, it is on a sound one, but for the fault ``everywhere``.
+"""
+
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from mtl_jax.cli import main
+from mtl_jax.train import loop
+from mtl_jax.train.progress import ProgressDisplay
+
+UNLIMITED = resource.RLIM_INFINITY
+# The files of a checkpoint that hold arrays are larger, all others are smaller.
+SMALL_FILES = 2**16
+
+
+def limit(size):
+    """Lets no file grow beyond a size."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, UNLIMITED))
+
+
+def no_checkpoints():
+    """Puts a file where the folder of the checkpoints was."""
+    folder = Path(sys.argv[sys.argv.index("--workdir") + 1]) / "checkpoints"
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+
+
+FAULTS = {
+    "full": lambda: limit(1),
+    "large": lambda: limit(SMALL_FILES),
+    "everywhere": lambda: limit(SMALL_FILES),
+    "no_checkpoints": no_checkpoints,
+}
+
+
+def arrange(fault, number):
+    """Lets the disk fail once a step is logged."""
+    update, rescue = ProgressDisplay.update, loop.rescue
+
+    def failing(self, step, *arguments, **keywords):
+        update(self, step, *arguments, **keywords)
+        if step == number and fault in FAULTS:
+            FAULTS[fault]()
+
+    def elsewhere(*arguments):
+        if fault != "everywhere":
+            limit(UNLIMITED)
+        return rescue(*arguments)
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    ProgressDisplay.update, loop.rescue = failing, elsewhere
+
+
+if __name__ == "__main__":
+    fault, _, step = sys.argv[1].partition(":")
+    arrange(fault, int(step or 0))
+    main(sys.argv[2:])
