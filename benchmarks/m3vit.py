@@ -2,10 +2,12 @@
 
     pip install -e '.[tpu]'
     python benchmarks/m3vit.py
+    python benchmarks/m3vit.py --here
 
 Writes the table in docs/m3vit.md. Memory is that of programs compiled for a TPU v5e; it
 need not be there. Times are of the CPU, in turns in this process, and only their ratios
-mean something on another machine.
+mean something on another machine. With `--here` memory and times are of the device that
+JAX finds, and the table is printed and not written.
 """
 
 import argparse
@@ -52,8 +54,14 @@ def main() -> None:
     parser.add_argument("--size", default="small", choices=["tiny", "small", "base"])
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "m3vit.md")
+    parser.add_argument("--here", action="store_true", help="of the device at hand")
     options = parser.parse_args()
-    scaling.prepare_environment()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if options.here:
+        device = jax.devices()[0]
+    else:
+        scaling.prepare_environment()
+        device = scaling.make_topology("v5e:2x2").devices[0]
     config = configuration.load_config(f"m3vit:{options.size}", smoke=False)
     model = single_examples(configuration.build(config).model)
     params = jax.eval_shape(
@@ -62,14 +70,20 @@ def main() -> None:
     )
     times, difference = latencies(model, options.turns)
     memory = {
-        name: device_memory(model, params["trunk"], resident)
+        name: device_memory(model, params["trunk"], resident, device)
         for name, resident in PLACEMENTS.items()
     }
-    table = measured(options.size, expert_bytes(params), memory, times, difference)
+    machine = f"one {platform.machine()} machine with {os.cpu_count()} cores"
+    if options.here:
+        machine = f"one {device.device_kind}"
+    sizes = expert_bytes(params)
+    table = measured(options.size, sizes, memory, times, difference, machine)
+    print(table)
+    if options.here:
+        return
     before, _, rest = options.output.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     options.output.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
-    print(table)
 
 
 def expert_bytes(params: Mapping) -> tuple[int, int]:
@@ -91,10 +105,9 @@ def blocks_with_experts(trunk: Mapping) -> list[str]:
 
 
 def device_memory(
-    model: MultitaskModel, trunk: Mapping, resident: int | None
+    model: MultitaskModel, trunk: Mapping, resident: int | None, device: jax.Device
 ) -> dict[str, float]:
     """What the compiled trunk keeps where, in bytes, and what it copies at a time."""
-    device = scaling.make_topology("v5e:2x2").devices[0]
     here, host = (
         SingleDeviceSharding(device, memory_kind=kind)
         for kind in ("device", "pinned_host")
@@ -132,7 +145,8 @@ def device_memory(
         with jax.set_mesh(Mesh(np.array([device]), ("data",))):
             lowered = function.lower(*arguments)
     else:
-        lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))
+        name = {"gpu": "cuda"}.get(device.platform, device.platform)
+        lowered = function.trace(*arguments).lower(lowering_platforms=(name,))
     compiled = lowered.compile()
     found = compiled.memory_analysis()
     return {
@@ -185,6 +199,7 @@ def measured(
     memory: Mapping[str, Mapping[str, float]],
     times: Mapping[str, float],
     difference: float,
+    machine: str,
 ) -> str:
     one, total = (number / 1e6 for number in experts)
     rows = "\n".join(
@@ -196,12 +211,14 @@ def measured(
     return TABLE.format(
         size=size,
         version=jax.__version__,
-        machine=platform.machine(),
-        cores=os.cpu_count(),
+        machine=machine,
         one=one,
         total=total,
         rows=rows,
-        copies=streamed["copies"],
+        copies=f"In the last program are {streamed['copies']} copies from the host, "
+        "each of one parameter of one\nexpert."
+        if streamed["copies"]
+        else "",
         difference=f"at most {difference:.0e} of the largest"
         if difference
         else "nothing, to the last bit",
@@ -211,15 +228,14 @@ def measured(
 TABLE = """\
 `m3vit:{size}`, one image of 512 x 512 pixels, float32: one expert takes {one:.2f} MB,
 all of them {total:.0f} MB. Outputs differ from the plain layer's by {difference}.
-In the last program are {copies} copies from the host, each of one parameter of one
-expert.
+{copies}
 
 | experts | parameters on the device, MB | working memory, MB | on the host, MB | time |
 |---|---|---|---|---|
 {rows}
 
-Written by `python benchmarks/m3vit.py` with jax {version}, on one {machine} machine
-with {cores} cores."""
+Written by `python benchmarks/m3vit.py` with jax {version}, on
+{machine}."""
 
 
 if __name__ == "__main__":

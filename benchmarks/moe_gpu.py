@@ -6,8 +6,8 @@ Prints a table of milliseconds, of operations a second, and of these as a part o
 the device reaches in one large product in the same run. The layer is that of a ViT-B/16
 with 32 experts of which a token goes to two, forward and backward in bfloat16, against
 a dense MLP of the same activated FLOPs. The step is that of ``vision_moe:base_1b`` with
-a batch for one device, once for each way. `mtl_jax.layers.moe.execution.choose` should
-name the fastest.
+a batch for one device, once for each way and once with such MLPs where the experts are.
+`mtl_jax.layers.moe.execution.choose` should name the fastest.
 """
 
 import argparse
@@ -45,6 +45,24 @@ WAYS = {
     "sorted, ragged_dot": (None, Execution("all_gather", "sorted", "ragged_dot")),
 }
 """Name -> capacity factor and way."""
+
+DENSE = "dense"
+"""Name of an MLP in the place of experts."""
+
+
+class DenseMlp(nn.Module):
+    """An MLP that is called as a layer of experts is."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+    num_tasks: int | None = None
+    group_size: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, task: Any = None, condition: Any = None, *, train: bool
+    ) -> jax.Array:
+        return Mlp(self.hidden, dtype=self.dtype, name="mlp")(x)
 
 
 def main() -> None:
@@ -94,7 +112,7 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], in
         gate=functools.partial(Gate, kernel_init=nn.initializers.normal(scale)),
     )
     modules: dict[str, nn.Module] = {
-        "dense": Mlp(hidden * selected, dtype=jnp.bfloat16)
+        DENSE: DenseMlp(hidden * selected, dtype=jnp.bfloat16)
     }
     for name in options.ways:
         factor, way = WAYS[name]
@@ -112,12 +130,11 @@ def layers(options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], in
 
 
 def layer(module: nn.Module, x: jax.Array) -> tuple[Callable[[], Any], int]:
-    arguments: dict[str, Any] = {"train": False} if isinstance(module, MoE) else {}
-    init = functools.partial(module.init, **arguments)
+    init = functools.partial(module.init, train=False)
     variables = nn.unbox(jax.jit(init)(jax.random.key(1), x))
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
-        y: Any = module.apply({"params": params}, x, **arguments)
+        y: Any = module.apply({"params": params}, x, train=False)
         return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
     both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -134,21 +151,30 @@ def steps(options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], int
     config = vision_moe.VARIANTS[options.variant]()
     config.mixture.batch_size = config.evaluation_batch_size = options.batch
     experiment = fdl.build(config)
-    found, state = {}, None
+    experts = experiment.trunk.moe
+    keywords = experts.keywords
+    hidden = keywords["num_selected"] * keywords["expert_hidden"]
+    layers: dict[str, Callable[..., nn.Module]] = {
+        DENSE: functools.partial(DenseMlp, hidden)
+    }
     for name in options.ways:
         capacity_factor, way = WAYS[name]
-        moe = functools.partial(
-            experiment.trunk.moe, capacity_factor=capacity_factor, execution=way
+        layers[name] = functools.partial(
+            experts, capacity_factor=capacity_factor, execution=way
         )
+    found, states = {}, {}
+    for name, moe in layers.items():
         trunk = experiment.trunk.clone(moe=moe)
         program = build_program(
             dataclasses.replace(experiment, trunk=trunk), jax.devices()[:1]
         )
         compiled, flops = program.compile_step(keep_state=True)
-        # The same for all ways.
-        state = program.init_state() if state is None else state
+        # All ways to carry out experts take the same one.
+        what = name if name == DENSE else "experts"
+        if what not in states:
+            states[what] = program.init_state()
         batch = jax.tree.map(example, program.abstract_batch())
-        run = functools.partial(compiled, state, batch)
+        run = functools.partial(compiled, states[what], batch)
         found[name] = (lambda run=run: run()[1]), flops
     return found
 
