@@ -1,82 +1,85 @@
 """What the arrays of a checkpoint take in memory, against what its files hold."""
 
-import json
-import math
-import operator
-import re
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import tensorstore
-
-from mtl_jax.train.integrity import DamagedCheckpointError
+from mtl_jax.train import array_index
+from mtl_jax.train.integrity import DamagedCheckpointError, listed_files
+from mtl_jax.train.run_folder import RunFolderError
 
 SMALL = 2**26
 """Bytes that arrays may take whatever the size of the files."""
 
-METADATA = "/zarr.json"
-"""How the key of an array's metadata ends, behind the name of the array."""
+INDEX_BYTES = 2**30
+"""Memory that may be taken to list arrays; 100,000 take half of it."""
 
-PART = re.compile("/c(/[0-9]+)*$")
-"""The same of a chunk."""
+INDEX_SECONDS = 200
+"""Time of the processor that this may take; 100,000 arrays take a tenth of it."""
 
 
-def check_array_sizes(folder: Path) -> None:
+@contextlib.contextmanager
+def array_sizes_checked(folder: Path) -> Iterator[None]:
     """Checks that no array, nor a part that is read at once, exceeds what is there.
 
     The metadata of a stranger's checkpoint may claim any size for what they leave out
     or have compressed. In those that are written here, files hold every byte of every
     array.
 
+    It is found out beside what is done in this context, and told at its end.
+
     Args:
-      folder: The checkpoint, whose files agree with its manifest.
+      folder: The checkpoint, whose files agree with its manifest at the end.
 
     Raises:
       DamagedCheckpointError: If arrays are larger, or kept in another way than here.
+      RunFolderError: If that cannot be found out.
     """
-    claimed = sum(_bytes(folder, name, text) for name, text in _metadata(folder))
-    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    state = (folder / "state").absolute()
+    limits = map(str, (INDEX_BYTES, INDEX_SECONDS))
+    with subprocess.Popen(
+        # Modules beside that file or in this folder, maybe a stranger's, stay apart.
+        [sys.executable, "-P", array_index.__file__, str(state), *limits],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Threads for matrix products would take memory too.
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    ) as reader:
+        try:
+            yield
+        except BaseException:
+            reader.kill()
+            raise
+        # Without it, arrays would be looked for in other files.
+        if not (state / "manifest.ocdbt").is_file():
+            reader.kill()
+            raise DamagedCheckpointError(folder, "state/manifest.ocdbt is missing")
+        answer, faults = reader.communicate()
+    if reader.returncode in (-signal.SIGABRT, -signal.SIGXCPU):
+        raise DamagedCheckpointError(
+            folder,
+            f"to list its arrays takes more than {INDEX_BYTES:,} bytes or "
+            f"{INDEX_SECONDS} seconds",
+        )
+    if reader.returncode == array_index.REFUSED:
+        raise DamagedCheckpointError(folder, answer.strip())
+    if reader.returncode != 0:
+        last = (faults.strip().splitlines() or [f"status {reader.returncode}"])[-1]
+        raise RunFolderError(
+            f"the arrays of the checkpoint {folder} cannot be listed ({last}); try "
+            "again, and look after this machine if it stays so"
+        )
+    claimed, held = (
+        int(answer),
+        sum((folder / name).stat().st_size for name in listed_files(folder)),
+    )
     if claimed > held + SMALL:
         raise DamagedCheckpointError(
             folder, f"its arrays would take {claimed:,} bytes, and its files {held:,}"
         )
-
-
-def _metadata(folder: Path) -> list[tuple[str, bytes]]:
-    """Name and metadata of each array."""
-    state = (folder / "state").absolute()
-    # Without it, arrays would be looked for in other files.
-    if not (state / "manifest.ocdbt").is_file():
-        raise DamagedCheckpointError(folder, "state/manifest.ocdbt is missing")
-    try:
-        base = {"driver": "file", "path": f"{state}/"}
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        names = [key.decode() for key in store.list().result()]
-        found = [name for name in names if name.endswith(METADATA)]
-        reads = [store.read(name) for name in found]
-        texts = [read.result().value for read in reads]
-    except ValueError as error:
-        raise DamagedCheckpointError(folder, "state holds no arrays") from error
-    arrays = {name.removesuffix(METADATA) for name in found}
-    for name in names:
-        if not name.endswith(METADATA) and PART.sub("", name) not in arrays:
-            raise DamagedCheckpointError(folder, f"state holds {name!r}, no array")
-    return list(zip(found, texts, strict=True))
-
-
-def _bytes(folder: Path, name: str, text: bytes) -> int:
-    """Bytes of an array, or of its chunks if these are larger."""
-    try:
-        document = json.loads(text)
-        kind = tensorstore.dtype(document["data_type"]).numpy_dtype
-        chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
-        shape, chunk = (
-            [operator.index(length) for length in lengths]
-            for lengths in (document["shape"], chunks)
-        )
-        if min([*shape, *chunk, 0]) < 0:
-            raise ValueError("negative sizes would make up for others")
-        return max(math.prod(shape), math.prod(chunk)) * kind.itemsize
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise DamagedCheckpointError(
-            folder, f"{name!r} in state describes no array"
-        ) from error

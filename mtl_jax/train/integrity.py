@@ -96,7 +96,7 @@ def _leave_a_mark(folder: Path) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Writes down size and SHA-256 of every file in a checkpoint."""
-    names = _files(folder)
+    names = listed_files(folder)
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = pool.map(lambda name: _sha256(folder / name), names)
         entries = [
@@ -127,7 +127,7 @@ def check_files(folder: Path) -> dict[str, Entry]:
     """
     entries = _read_manifest(folder)
     try:
-        sizes = {name: (folder / name).stat().st_size for name in _files(folder)}
+        sizes = {name: (folder / name).stat().st_size for name in listed_files(folder)}
     except OSError as error:
         name = Path(error.filename or folder).name
         raise _unreadable(folder, name, error) from error
@@ -229,7 +229,7 @@ def _serialized(document: Mapping) -> bytes:
     return f"{whole}\n".encode()
 
 
-def _files(folder: Path) -> list[str]:
+def listed_files(folder: Path) -> list[str]:
     """Paths of all files but the manifest, relative to the folder and in order."""
     return sorted(_walk(folder, folder))
 

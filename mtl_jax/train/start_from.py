@@ -17,7 +17,7 @@ from mtl_jax.models.experts import expert_layers, extend, only_new
 from mtl_jax.models.experts.blocks import by_block
 from mtl_jax.models.transfer import print_account
 from mtl_jax.sharding.rules import path_name
-from mtl_jax.train.array_sizes import check_array_sizes
+from mtl_jax.train.array_sizes import array_sizes_checked
 from mtl_jax.train.integrity import (
     DamagedCheckpointError,
     check_contents,
@@ -153,10 +153,10 @@ def _read(run: str, *, shapes_only: bool) -> tuple[str, Any]:
         step = left.pop()
         folder = directory / str(step)
         try:
-            large = check_files(folder)
-            if not shapes_only:
-                check_contents(folder, large)
-                check_array_sizes(folder)
+            with array_sizes_checked(folder):
+                large = check_files(folder)
+                if not shapes_only:
+                    check_contents(folder, large)
             read = _restore(run, folder, shapes_only=shapes_only)
         except (OSError, ValueError) as error:
             # The other run may be training, and delete what it has replaced.
