@@ -145,7 +145,9 @@ def _ending_together() -> Iterator[None]:
         yield
     except train.UnwritableError:
         if jax.distributed.is_initialized():
-            jax.distributed.shutdown()
+            # Where another one is lost, what there is to say is the same.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                jax.distributed.shutdown()
         raise
 
 

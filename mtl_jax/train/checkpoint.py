@@ -356,7 +356,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Tells of a save that has failed while Orbax still waits for other processes.
+    """Tells of a save that has failed, where Orbax waits for other processes first.
 
     Attributes:
       failure: What its part of a save has failed with in this process.
@@ -364,14 +364,15 @@ class _Manager(ocp.CheckpointManager):
 
     failure: Exception | None = None
 
-    def _wait_for_checkpointers(self) -> None:
+    def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
         # At the end of a save, in the background. The processes without a fault wait
-        # for this one to end its part, and this one for them to end the save.
+        # for this one to end its part, and Orbax would have this one wait for them.
         try:
-            super()._wait_for_checkpointers()
+            self._wait_for_checkpointers()
         except Exception as error:
             self.failure = error
             raise
+        super()._finalize(step, steps_to_remove)
 
 
 def _check_together(folder: Path) -> None:

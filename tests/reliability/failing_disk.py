@@ -6,6 +6,7 @@ FAULT is one of those below, or anything else for a sound disk. Where there is a
 fallback, it is on a sound one, but for the fault ``everywhere``.
 """
 
+import os
 import resource
 import shutil
 import signal
@@ -33,8 +34,15 @@ def no_checkpoints():
     folder.write_text("in the way")
 
 
+def full_and_stopped():
+    """The machine is to be taken away as well."""
+    limit(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 FAULTS = {
     "full": lambda: limit(1),
+    "full_and_stopped": full_and_stopped,
     "large": lambda: limit(SMALL_FILES),
     "everywhere": lambda: limit(SMALL_FILES),
     "no_checkpoints": no_checkpoints,
