@@ -73,14 +73,14 @@ def mgda_frank_wolfe(num_tasks: int, *, num_iterations: int = 250) -> Aggregator
         An aggregator; see `from_weights`.
 
     Raises:
-        ValueError: If `num_tasks < 1` or `num_iterations < 0`.
+        ValueError: If `num_tasks < 1`, or `num_iterations` is not 0 to 1,000,000.
 
     References:
         Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization,
         NeurIPS 2018, https://arxiv.org/abs/1810.04650.
     """
-    if num_iterations < 0:
-        raise ValueError(f"num_iterations is {num_iterations}; pass 0 or more.")
+    if not 0 <= num_iterations <= 10**6:
+        raise ValueError(f"num_iterations is {num_iterations}; pass 0 to 1,000,000.")
 
     def weigh(gramian: Array, active: Array) -> Array:
         return weights(gramian, active, num_iterations=num_iterations)

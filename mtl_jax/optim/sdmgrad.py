@@ -107,8 +107,8 @@ def sdmgrad(
 
     Raises:
         ValueError: If `num_tasks < 1`, `regularization < 0`, `learning_rate < 0`,
-            `momentum` is not in [0, 1) or `num_iterations < 1`, or, from `update`, if a
-            batch is missing.
+            `momentum` is not in [0, 1) or `num_iterations` not 1 to 1,000,000, or,
+            from `update`, if a batch is missing.
 
     References:
         Xiao et al., Direction-oriented Multi-objective Learning: Simple and Provable
@@ -122,8 +122,8 @@ def sdmgrad(
             raise ValueError(f"{name} is {value}; pass 0 or more.")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; pass 0 or more and less than 1.")
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}; pass 1 or more.")
+    if not 1 <= num_iterations <= 10**6:
+        raise ValueError(f"num_iterations is {num_iterations}; pass 1 to 1,000,000.")
 
     def weigh(
         cross_gramian: Array, previous: Array, active: Array

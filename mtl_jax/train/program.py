@@ -311,6 +311,10 @@ def _check_update(aggregator: Aggregator, experiment: Experiment, trunk: Any) ->
         jax.eval_shape(update, trunk)
     except ValueError as error:
         raise ValueError(f"aggregator: {error}") from error
+    except OverflowError as error:
+        raise ValueError(
+            f"aggregator: one of its numbers takes more than 32 bits ({error})"
+        ) from error
 
 
 def _sharpened(

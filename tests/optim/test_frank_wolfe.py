@@ -53,5 +53,6 @@ def test_aggregator():
     direction, state = aggregator.update(rows, aggregator.init(rows[0]))
     np.testing.assert_allclose(direction, (0.2, 0.4), atol=1e-6)
     np.testing.assert_allclose(state.weights, (0.6, 0.4), atol=1e-6)
-    with pytest.raises(ValueError, match="num_iterations is -1"):
-        optim.mgda_frank_wolfe(2, num_iterations=-1)
+    for number in (-1, 10**6 + 1):
+        with pytest.raises(ValueError, match=f"num_iterations is {number}; pass 0 to"):
+            optim.mgda_frank_wolfe(2, num_iterations=number)

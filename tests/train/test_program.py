@@ -309,6 +309,7 @@ def test_memory_of_rows_is_sharded_like_the_parameters():
     [
         (optim.db_mtl, {"num_routers": None, "gradients_at": "features"}, "remembered"),
         (optim.modo, {}, "second is missing"),
+        (functools.partial(optim.dwa, window=10**12), {}, r"32 bits \(.* 10{12}\)$"),
     ],
 )
 def test_what_an_aggregator_cannot_work_on_is_found_before_compiling(
