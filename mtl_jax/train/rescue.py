@@ -1,5 +1,6 @@
 """What becomes of a run whose folder can no longer be written."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -246,7 +247,7 @@ def _copy_logs(
     for name in sorted(names | {name for name, _ in unwritten}):
         try:
             text = (folder.path / name).read_text()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             # It may be that nothing had to be logged so far.
             if not isinstance(error, FileNotFoundError) or not folder.path.is_dir():
                 lost.append(name)
@@ -255,9 +256,12 @@ def _copy_logs(
         complete = [line for line in text.splitlines(keepends=True) if line[-1] == "\n"]
         (copy.path / name).write_text("".join(complete))
         missing = [to_json(line) for log, line in unwritten if log == name]
-        written = copy.truncate(
-            name, step, lambda line, missing=missing: line if line in missing else None
-        )
+        written = []
+        # One that is damaged, or none of a run's, is left as it is.
+        with contextlib.suppress(RunFolderError):
+            written = copy.truncate(
+                name, step, lambda line, known=missing: line if line in known else None
+            )
         for line in missing:
             if line not in written:
                 copy.append(name, line)

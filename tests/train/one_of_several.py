@@ -2,10 +2,12 @@
 
     python one_of_several.py COORDINATOR NUM_PROCESSES PROCESS_ID FOLDER[:EVENT:STEP]...
 
-After STEP, process 0 or the last one is killed, or the last one interrupted.
+After STEP, process 0 or the last one is killed, or the last one interrupted, or the
+disk is full for process 0; then the run is saved in FOLDER_elsewhere.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -21,11 +23,15 @@ from mtl_jax.data import Component, Mixture
 from mtl_jax.sharding import distributed
 from mtl_jax.sharding.leaving import leaving_at_once
 from mtl_jax.train import (
+    Fallback,
     MeshShape,
     RunFolder,
+    RunFolderError,
     StoppedError,
     StopSignals,
+    UnwritableError,
     build_program,
+    check_fallback,
     loop,
     train,
 )
@@ -33,7 +39,7 @@ from mtl_jax.train.program import Program
 from mtl_jax.train.progress import ProgressDisplay
 
 NUM_DEVICES = 4
-PLACE, UPDATE = Program.place, ProgressDisplay.update
+PLACE, UPDATE, APPEND = Program.place, ProgressDisplay.update, RunFolder.append
 
 
 def build():
@@ -69,15 +75,23 @@ def main(coordinator, num_processes, process_id, *folders):
         for item in folders:
             path, _, event = item.partition(":")
             note_reads(Path(path) / f"read_{process_id}.jsonl")
-            if event:
+            if (Path(path) / loop.METRICS).exists():
+                # Nobody looks at those of a run that continues.
+                loop.write_samples = lambda *_: None
+            fallback = Fallback(Path(f"{path}_elsewhere"), {})
+            if event.startswith("full"):
+                fill(Path(path), event.partition(":")[2])
+            elif event:
                 program = endless(program)
                 arrange(*event.split(":"))
             folder = RunFolder(Path(path), writes=distributed.is_main())
             try:
                 with StopSignals() as signals:
-                    train(program, folder, "small", signals=signals)
+                    train(program, folder, "small", signals=signals, fallback=fallback)
             except StoppedError as error:
                 print(f"{error} in {path}")
+            except UnwritableError as error:
+                print(error)
 
 
 def agree(folder):
@@ -93,6 +107,13 @@ def agree(folder):
         with pytest.raises(ValueError, match=message):
             check(argument)
     assert sorted(alone.iterdir()) == []
+
+    run, elsewhere = folder / "run", folder / "elsewhere"
+    check_fallback(elsewhere, run)
+    assert not elsewhere.exists()
+    for path, message in ((run / "inside", "in the run folder"), (alone, "the same")):
+        with pytest.raises(RunFolderError, match=message):
+            check_fallback(path, run)
 
 
 def compile_once(program):
@@ -131,6 +152,22 @@ def arrange(event, step):
         UPDATE(self, logged, *arguments, **keywords)
         if logged == int(step) and jax.process_index() == victim:
             os.kill(os.getpid(), number)
+
+    ProgressDisplay.update = update
+
+
+def fill(path, step):
+    """Lets no line fit in a folder's logs once a step is logged."""
+
+    def update(self, logged, *arguments, **keywords):
+        UPDATE(self, logged, *arguments, **keywords)
+        if logged == int(step):
+            RunFolder.append = append
+
+    def append(self, name, line):
+        if self.path == path and jax.process_index() == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        APPEND(self, name, line)
 
     ProgressDisplay.update = update
 

@@ -75,20 +75,26 @@ def assert_lost(status, output):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of runs of two processes: whole, killed and continued, and pre-empted."""
+    """Folders of runs of two processes: whole, killed and continued, pre-empted, saved
+    elsewhere and continued there."""
     parent = tmp_path_factory.mktemp("runs")
     whole, killed, stopped = (parent / name for name in ("whole", "killed", "stopped"))
-    for folder in (whole, killed, stopped):
+    failed, elsewhere = parent / "failed", parent / "failed_elsewhere"
+    for folder in (whole, killed, stopped, failed):
         folder.mkdir()
     statuses, outputs = run_both(whole, f"{killed}:kill:3")
     assert statuses[0] == -signal.SIGKILL, outputs[0]
     assert_lost(statuses[1], outputs[1])
     assert [line["step"] for line in metrics(killed)] == [1, 2, 3]
-    statuses, outputs = run_both(killed, f"{stopped}:interrupt:1")
+    statuses, outputs = run_both(
+        killed, f"{failed}:full:1", elsewhere, f"{stopped}:interrupt:1"
+    )
     assert statuses == [0, 0], outputs
+    told = f"No space left on device; all is saved at step 2 in {elsewhere}; to"
+    assert all(told in output for output in outputs), outputs
     assert "stopped by SIGTERM in" in outputs[0]
     assert "stopped by SIGINT in" in outputs[1]
-    return whole, killed, stopped
+    return whole, killed, stopped, elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +162,16 @@ def test_each_example_is_read_by_one_process_and_none_is_lost(runs, one_process)
 
 
 def test_both_continue_bit_for_bit(runs):
-    whole, killed, _ = runs
+    whole, killed, _, elsewhere = runs
     expected = (whole / loop.METRICS).read_bytes()
     assert (killed / loop.METRICS).read_bytes() == expected
+    assert (elsewhere / loop.METRICS).read_bytes() == expected
     results = [json.loads((f / loop.RESULT).read_text()) for f in (whole, killed)]
     assert results[0]["tasks"] == results[1]["tasks"]
 
 
 def test_both_save_and_stop_when_one_is_interrupted(runs):
-    whole, _, stopped = runs
+    whole, _, stopped, _ = runs
     last = metrics(stopped)[-1]["step"]
     assert (stopped / loop.CHECKPOINTS / str(last)).is_dir()
     assert not (stopped / loop.RESULT).exists()
