@@ -5,11 +5,12 @@ A finished run's folder holds ``config.json``, ``metrics.jsonl`` and ``result.js
 read as absent.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -130,17 +131,25 @@ def read_run(path: Path) -> Run:
     )
 
 
-def _read_text(file: Path) -> str:
-    """A text file's contents."""
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[BinaryIO]:
+    """A file, open to be read."""
     if not file.is_file():
         # Reading something else, such as a pipe, might never end.
         raise ValueError(
             f"{file.parent} holds no {file.name}: give the folder of a finished run."
         )
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with file.open("rb") as opened:
+            yield opened
+    except OSError as error:
         raise ValueError(f"{file} can't be read ({error}): restore it.") from None
+
+
+def _split(file: Path) -> Iterator[bytes]:
+    """The lines of a file, of which a stranger's may be of any length."""
+    with _reading(file) as opened:
+        yield from iter(lambda: opened.readline(MAX_DOCUMENT_BYTES), b"")
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -150,11 +159,13 @@ def _read_object(file: Path) -> dict[str, Any]:
             f"{file} has {file.stat().st_size:,} bytes, more than any run writes: "
             "restore it."
         )
+    with _reading(file) as opened:
+        text = opened.read()
     try:
-        value = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        reason = getattr(error, "msg", None) or "nested without end"
+        reason = getattr(error, "msg", None) or str(error)
         raise ValueError(
             f"{file}, line {line}: not valid JSON ({reason}): the file is truncated or "
             "damaged, run again."
@@ -168,7 +179,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file, each with an integer ``step``."""
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
+    for number, line in enumerate(_split(file), start=1):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:

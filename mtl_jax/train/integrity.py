@@ -12,7 +12,12 @@ from typing import NamedTuple
 
 from orbax.checkpoint import path as orbax_path
 
-from mtl_jax.train.run_folder import RunFolderError, open_without_links
+from mtl_jax.train.run_folder import (
+    MOST_BYTES,
+    RunFolderError,
+    open_without_links,
+    read_document,
+)
 
 FORMAT = 1
 """Number of the format of checkpoints; a higher one cannot be read."""
@@ -24,6 +29,12 @@ FIRST = "first_checkpoint.json"
 """Name of the file, in a run's folder, that its first complete checkpoint leaves.
 
 Where it is and there are no checkpoints, they are lost.
+"""
+
+ARRAYS = "d"
+"""Name of the folders, inside a checkpoint, whose files hold arrays.
+
+The others are read whole.
 """
 
 SMALL = 2**20
@@ -144,6 +155,10 @@ def check_files(folder: Path) -> dict[str, Entry]:
             raise DamagedCheckpointError(
                 folder, f"{name} has {sizes[name]} bytes, not {entry.size}"
             )
+        if entry.size > MOST_BYTES and Path(name).parent.name != ARRAYS:
+            raise DamagedCheckpointError(
+                folder, f"{name} has {entry.size:,} bytes, more than any run writes"
+            )
     large = {name: entry for name, entry in entries.items() if entry.size > SMALL}
     check_contents(
         folder, {name: entry for name, entry in entries.items() if name not in large}
@@ -192,15 +207,23 @@ def checked_text(folder: Path, name: str) -> str:
     entries = _read_manifest(folder)
     if name not in entries:
         raise DamagedCheckpointError(folder, f"{MANIFEST} does not list {name}")
-    check_contents(folder, {name: entries[name]})
-    return (folder / name).read_text()
+    content = _read(folder, name)
+    if hashlib.sha256(content).hexdigest() != entries[name].sha256:
+        raise DamagedCheckpointError(folder, f"{name} has another content")
+    return content.decode(errors="replace")
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return read_document(folder / name)
+    except OSError as error:
+        raise _unreadable(folder, name, error) from error
+    except ValueError as error:
+        raise DamagedCheckpointError(folder, f"{name}: {error}") from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Entry]:
-    try:
-        written = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        raise _unreadable(folder, MANIFEST, error) from error
+    written = _read(folder, MANIFEST)
     try:
         document = json.loads(written)
         del document["sha256"]

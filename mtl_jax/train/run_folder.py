@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ import numpy as np
 
 IDENTITY = "wandb.json"
 """Name of the file that says what the run is called at Weights & Biases."""
+
+MOST_BYTES = 2**26
+"""Length of a document or of a line of a log, beyond any that a run writes."""
 
 Kept = TypeVar("Kept")
 
@@ -84,7 +88,7 @@ class RunFolder:
           RunFolderError: If the file is not a JSON object.
         """
         try:
-            document = json.loads((self.path / name).read_text())
+            document = json.loads(read_document(self.path / name))
             if not isinstance(document, dict):
                 raise ValueError("it is no object")
         except FileNotFoundError:
@@ -123,7 +127,7 @@ class RunFolder:
 
         Raises:
           RunFolderError: If a line before that is not one of a run, or there is a link
-            in the place of the log.
+            or a pipe in the place of the log.
         """
         path = self.path / name
         kept, end = [], 0
@@ -132,8 +136,9 @@ class RunFolder:
         except FileNotFoundError:
             return []
         with file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
+            lines = iter(lambda: file.readline(MOST_BYTES), b"")
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n") and len(line) < MOST_BYTES:
                     break
                 try:
                     record = json.loads(line)
@@ -153,6 +158,22 @@ class RunFolder:
         return kept
 
 
+def read_document(path: Path) -> bytes:
+    """Content of a file that is read whole.
+
+    Raises:
+      OSError: If it cannot be read, as FileNotFoundError where it is not there.
+      ValueError: If it is no file, or longer than any that a run writes.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        # A pipe would be waited for, and a device never ends.
+        raise ValueError("it is no ordinary file")
+    if facts.st_size > MOST_BYTES:
+        raise ValueError(f"it has {facts.st_size:,} bytes, more than any run writes")
+    return path.read_bytes()
+
+
 def open_without_links(path: Path, mode: str) -> IO[Any]:
     """Opens a file to write it, and not what a link in its place points to.
 
@@ -164,7 +185,7 @@ def open_without_links(path: Path, mode: str) -> IO[Any]:
       mode: As of `open`.
 
     Raises:
-      RunFolderError: If it is a link.
+      RunFolderError: If it is a link or a pipe.
     """
     try:
         return open(path, mode, opener=_opener)
@@ -201,7 +222,11 @@ def refuse_links(folder: Path, inside: str = "**/*") -> None:
 def _opener(path: str, flags: int) -> int:
     # Not on all systems. A pipe would be waited for.
     more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    return os.open(path, flags | more, 0o666)
+    descriptor = os.open(path, flags | more, 0o666)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RunFolderError(f"{path} is a pipe; delete it")
+    return descriptor
 
 
 def storage_fault(error: Exception) -> str | None:

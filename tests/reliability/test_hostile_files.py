@@ -95,6 +95,23 @@ def test_a_run_of_a_stranger_is_trained(stranger, tmp_path, monkeypatch):
     assert outside(events, tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "expected"),
+    [
+        (("eval", "RUN"), "config.json", "config.json is not valid JSON (it has 1,099"),
+        (("train", "RUN/config.json"), "config.json", "more than any config"),
+        (("report", "RUN"), "metrics.jsonl", "metrics.jsonl, line 1: not valid JSON"),
+        (("report", "RUN"), "timings.jsonl", "timings.jsonl, line 1: not valid JSON"),
+    ],
+)
+def test_files_without_end(stranger, mistake, command, name, expected):
+    (stranger / name).unlink(missing_ok=True)
+    (stranger / name).touch()
+    os.truncate(stranger / name, 2**40)
+    error = mistake(*(part.replace("RUN", str(stranger)) for part in command))
+    assert expected in error
+
+
 def test_the_same_config_is_the_same_run(stranger, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     workdir = ("--workdir", str(stranger))

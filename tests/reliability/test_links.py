@@ -12,10 +12,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mutations
 
 from mtl_jax import cli
-from mtl_jax.train import RunFolderError
+from mtl_jax.train import RunFolderError, integrity
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.fault_log import FaultLog
-from mtl_jax.train.integrity import check_files, write_manifest
+from mtl_jax.train.integrity import (
+    DamagedCheckpointError,
+    check_files,
+    checked_text,
+    write_manifest,
+)
 from mtl_jax.train.profile import Profile
 from mtl_jax.train.start_from import start_from
 from mtl_jax.train.tensorboard import TensorBoard
@@ -127,3 +132,40 @@ def test_what_else_a_checkpoint_holds_is_not_opened(tmp_path, make, name):
         inside.symlink_to(leads[make])
     with pytest.raises(RunFolderError, match=f"{name} is neither a file nor a folder"):
         check_files(checkpoint)
+
+
+ENDLESS = {
+    "sparse": lambda path: (path.touch(), os.truncate(path, 2**40)),
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "run/metadata"])
+@pytest.mark.parametrize("make", ENDLESS)
+def test_documents_of_a_checkpoint_without_end(tmp_path, make, name):
+    """What is read before all files are checked."""
+    checkpoint = tmp_path / "3"
+    (checkpoint / "run").mkdir(parents=True)
+    (checkpoint / "run" / "metadata").write_text("{}")
+    write_manifest(checkpoint)
+    assert checked_text(checkpoint, "run/metadata") == "{}"
+    (checkpoint / name).unlink()
+    ENDLESS[make](checkpoint / name)
+    expected = r"has 1,099,511,627,776 bytes" if make == "sparse" else "is no ordinary"
+    with pytest.raises(DamagedCheckpointError, match=rf"\({name}: it {expected}"):
+        checked_text(checkpoint, "run/metadata")
+
+
+def test_only_files_with_arrays_are_large(tmp_path, monkeypatch):
+    arrays, document = tmp_path / "state" / "d" / "a", tmp_path / "state" / "_METADATA"
+    arrays.parent.mkdir(parents=True)
+    for path in (arrays, document):
+        path.write_bytes(bytes(11))
+    write_manifest(tmp_path)
+    monkeypatch.setattr(integrity, "MOST_BYTES", 10)
+    with pytest.raises(DamagedCheckpointError, match="_METADATA has 11 bytes, more"):
+        check_files(tmp_path)
+    document.unlink()
+    write_manifest(tmp_path)
+    check_files(tmp_path)

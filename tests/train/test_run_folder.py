@@ -135,3 +135,23 @@ def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path):
 def test_to_try_whether_a_folder_can_be_written_leaves_nothing(tmp_path):
     RunFolder(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def sparse(path):
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, sparse])
+def test_what_a_run_reads_that_has_no_end(tmp_path, make):
+    folder = RunFolder(tmp_path)
+    for name in ("a.json", "log"):
+        make(tmp_path / name)
+    with pytest.raises(
+        RunFolderError, match=r"a\.json .* \(it (is no ordinary|has 1,0)"
+    ):
+        folder.read_json("a.json")
+    with pytest.raises(
+        RunFolderError, match=r"log is (a pipe; delete it|damaged; mend)"
+    ):
+        folder.truncate("log", 3, whole)
