@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from rich.console import Console
 
 from mtl_jax.data.mixture import training_batches
@@ -23,7 +24,7 @@ from mtl_jax.train.integrity import FIRST
 from mtl_jax.train.observer import Observer
 from mtl_jax.train.program import Program
 from mtl_jax.train.progress import ProgressDisplay
-from mtl_jax.train.rescue import Fallback, Unwritten, rescue
+from mtl_jax.train.rescue import Fallback, UnwritableError, Unwritten, rescue
 from mtl_jax.train.result import describe_run
 from mtl_jax.train.run_folder import (
     RunFolder,
@@ -31,7 +32,7 @@ from mtl_jax.train.run_folder import (
     storage_fault,
     to_json,
 )
-from mtl_jax.train.samples import write_samples
+from mtl_jax.train.samples import collect_samples, write_samples
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Metrics
 from mtl_jax.train.stopping import StoppedError, StopSignals
@@ -150,9 +151,8 @@ def _train(
         with contextlib.suppress(Exception):
             checkpoints.close()
         raise
-    with _explained(folder):
-        scores = loop.final_scores or evaluate(state.variables, None)
-        write_samples(folder.path / "samples.npz", program, state.variables)
+    scores = loop.final_scores or evaluate(state.variables, None)
+    samples = collect_samples(program, state.variables)
     cost = {
         "flops_per_step": flops,
         "compile_seconds": compile_seconds,
@@ -160,22 +160,28 @@ def _train(
         "wall_time_seconds": timings.wall_time_seconds,
     }
     result = to_json(describe_run(program, config_name, scores, cost))
-    with _explained(folder):
-        folder.write_json(RESULT, result)
+    _write_results(folder, samples, result)
     return result
 
 
-@contextlib.contextmanager
-def _explained(folder: RunFolder) -> Iterator[None]:
-    """Says why the results of a run that is trained cannot be written."""
+def _write_results(
+    folder: RunFolder, samples: Mapping[str, np.ndarray], result: Mapping[str, Any]
+) -> None:
+    """Writes results; all processes say so if they cannot be written."""
+    fault = None
     try:
-        yield
+        if is_main():
+            write_samples(folder.path / "samples.npz", samples)
+        folder.write_json(RESULT, result)
     except OSError as error:
-        raise RunFolderError(
-            f"cannot write to the run folder {folder.path} any more: {error.strerror}; "
-            "training is finished and saved: the same command writes its results once "
-            "that is mended"
-        ) from error
+        fault = storage_fault(error) or str(error)
+    told = first_told(fault)
+    if told is not None:
+        raise UnwritableError(
+            f"cannot write to the run folder {folder.path} any more: {told}; training "
+            "is finished and saved: the same command writes its results once that is "
+            "mended"
+        )
 
 
 def _start_or_continue(
@@ -444,11 +450,9 @@ class _Loop:
         self._wait_for_saves()
         if self._fault is not None:
             return
-        if jax.process_count() > 1:
-            # They are in the middle of it together: one that fails cannot tell.
-            self._checkpoints.save(step, state, batches)
-            return
-        with self._noting_faults():
+        alone = jax.process_count() == 1
+        # Several are in the middle of it together: one that fails cannot tell.
+        with self._noting_faults() if alone else contextlib.nullcontext():
             self._checkpoints.save(step, state, batches)
 
     def _wait_for_saves(self) -> None:

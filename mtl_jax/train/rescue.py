@@ -24,9 +24,9 @@ Made = TypeVar("Made")
 
 
 class UnwritableError(RunFolderError):
-    """A run stopped as its folder cannot be written any more; all processes raise it.
+    """The folder of a run cannot be written any more, as all its processes say.
 
-    The message says whether it is saved elsewhere.
+    The message tells what is saved, and where.
     """
 
 

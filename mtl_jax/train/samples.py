@@ -8,7 +8,6 @@ import numpy as np
 
 from mtl_jax.data.mixture import Component, evaluation_batches
 from mtl_jax.models.inference import first_choices
-from mtl_jax.sharding.distributed import is_main
 from mtl_jax.train.evaluate import make_predict
 from mtl_jax.train.program import Program
 from mtl_jax.train.run_folder import open_without_links
@@ -17,32 +16,41 @@ NUM_TILES = 6
 NUM_MISTAKES = 24
 
 
-def write_samples(path: Path, program: Program, params: Mapping) -> None:
-    """Saves test inputs with their targets and predictions.
+def collect_samples(program: Program, params: Mapping) -> dict[str, np.ndarray]:
+    """Picks test inputs with their targets and predictions.
 
     Of a source with dense targets, examples spread evenly over the test records; of
     one with labels for whole images, the first that any task gets wrong. All processes
-    take part; the first one writes.
+    take part, and get the same.
 
     Args:
-      path: The ``.npz`` file to write: ``source/image``, ``source/task/target`` and
-        ``source/task/prediction``, classes as integers; of dense targets also
-        ``source/routing/task/layer``, the expert of each patch, with ``all`` for the
-        task where routers do not tell tasks apart.
       program: The trained program.
       params: The trained parameters.
+
+    Returns:
+      ``source/image``, ``source/task/target`` and ``source/task/prediction``, classes
+      as integers; of dense targets also ``source/routing/task/layer``, the expert of
+      each patch, with ``all`` for the task where routers do not tell tasks apart.
     """
-    arrays = {}
-    for source in program.objective.labels:
-        for name, array in _source_samples(program, params, source).items():
-            arrays[f"{source}/{name}"] = array
-    if not is_main():
-        return
+    return {
+        f"{source}/{name}": array
+        for source in program.objective.labels
+        for name, array in _source_samples(program, params, source).items()
+    }
+
+
+def write_samples(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes samples whole or not at all.
+
+    Args:
+      path: The ``.npz`` file.
+      arrays: From `collect_samples`.
+    """
     temporary = path.with_name(f".{path.name}")
     # What a killed process left, or a stranger's link.
     temporary.unlink(missing_ok=True)
     with open_without_links(temporary, "xb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     temporary.replace(path)
 
 

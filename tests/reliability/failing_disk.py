@@ -2,8 +2,9 @@
 
     python failing_disk.py FAULT:STEP ARGUMENT...
 
-FAULT is one of those below, or anything else for a sound disk. Where there is a
-fallback, it is on a sound one, but for the fault ``everywhere``.
+FAULT is one of those below; or ``results``, for a disk that fails when all is trained;
+or anything else for a sound one. Where there is a fallback, it is on a sound disk, but
+for the fault ``everywhere``.
 """
 
 import os
@@ -52,6 +53,7 @@ FAULTS = {
 def arrange(fault, number):
     """Lets the disk fail once a step is logged."""
     update, rescue = ProgressDisplay.update, loop.rescue
+    collect = loop.collect_samples
 
     def failing(self, step, *arguments, **keywords):
         update(self, step, *arguments, **keywords)
@@ -63,6 +65,12 @@ def arrange(fault, number):
             limit(UNLIMITED)
         return rescue(*arguments)
 
+    def before_results(*arguments):
+        if fault == "results":
+            limit(1)
+        return collect(*arguments)
+
+    loop.collect_samples = before_results
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     ProgressDisplay.update, loop.rescue = failing, elsewhere
 

@@ -1,6 +1,7 @@
 """Processes that may write no large files, or none, fail in the middle of a run."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from commands import CONFIG, HERE, ROOT, assert_same_run, num_lines, saved_steps
 from test_processes import SECONDS, free_port
+
+from mtl_jax.train import loop
 
 STARVED = """
 import resource
@@ -181,3 +184,21 @@ def test_two_processes_say_that_a_run_is_saved_nowhere(whole, tmp_path):
     statuses, errors = train_two(folder, "none", "none")
     assert statuses == [0, 0], errors
     assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_say_that_results_cannot_be_written(whole, tmp_path):
+    statuses, errors = train_two(tmp_path, "results", "none")
+    assert statuses == [2, 2], errors
+    assert told(errors) == (
+        f"mtl-jax: error: cannot write to the run folder {tmp_path} any more: File too "
+        "large; training is finished and saved: the same command writes its results "
+        "once that is mended"
+    )
+    statuses, errors = train_two(tmp_path, "none", "none")
+    assert statuses == [0, 0], errors
+    assert_same_run(tmp_path, whole)
+    ours, theirs = (
+        json.loads((folder / loop.RESULT).read_text()) for folder in (tmp_path, whole)
+    )
+    assert ours["tasks"] == theirs["tasks"]

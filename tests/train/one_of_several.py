@@ -77,7 +77,7 @@ def main(coordinator, num_processes, process_id, *folders):
             note_reads(Path(path) / f"read_{process_id}.jsonl")
             if (Path(path) / loop.METRICS).exists():
                 # Nobody looks at those of a run that continues.
-                loop.write_samples = lambda *_: None
+                loop.collect_samples = lambda *_: {}
             fallback = Fallback(Path(f"{path}_elsewhere"), {})
             if event.startswith("full"):
                 fill(Path(path), event.partition(":")[2])

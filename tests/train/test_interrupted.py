@@ -65,7 +65,7 @@ def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Program, "compile_step", once(Program.compile_step))
         patch.setattr(loop, "make_evaluate", once(loop.make_evaluate))
-        patch.setattr(loop, "write_samples", lambda *_: None)
+        patch.setattr(loop, "collect_samples", lambda *_: {})
         for name in ("init_state", "fresh_state"):
             patch.setattr(
                 Program,
@@ -248,6 +248,25 @@ def test_a_full_disk_without_a_place_elsewhere(program, whole, tmp_path, monkeyp
         with pytest.raises(RunFolderError, match=advice):
             train(program, folder, "small", [event])
     train(program, folder, "small")
+    assert_same_run(program, folder, whole[0])
+
+
+def test_results_that_cannot_be_written_are_made_up_for(
+    program, whole, tmp_path, monkeypatch
+):
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(whole[0].path, folder.path, dirs_exist_ok=True)
+    (folder.path / loop.RESULT).unlink()
+    with monkeypatch.context() as patch:
+
+        def fail(self, name, document, **options):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(RunFolder, "write_json", fail)
+        advice = r"No space left .*; training is finished and saved: the same command"
+        with pytest.raises(RunFolderError, match=advice):
+            train(program, folder, "small")
+    assert train(program, folder, "small")["tasks"] == whole[1]["tasks"]
     assert_same_run(program, folder, whole[0])
 
 
