@@ -37,7 +37,7 @@ def array_sizes_checked(folder: Path) -> Iterator[None]:
 
     Raises:
       DamagedCheckpointError: If arrays are larger, or kept in another way than here.
-      RunFolderError: If that cannot be found out.
+      RunFolderError: If that cannot be found out within bounds of memory and time.
     """
     state = (folder / "state").absolute()
     limits = map(str, (INDEX_BYTES, INDEX_SECONDS))
@@ -62,10 +62,11 @@ def array_sizes_checked(folder: Path) -> Iterator[None]:
             raise DamagedCheckpointError(folder, "state/manifest.ocdbt is missing")
         answer, faults = reader.communicate()
     if reader.returncode in (-signal.SIGABRT, -signal.SIGXCPU):
-        raise DamagedCheckpointError(
-            folder,
-            f"to list its arrays takes more than {INDEX_BYTES:,} bytes or "
-            f"{INDEX_SECONDS} seconds",
+        # No damage, as which a checkpoint of one's own would be set aside.
+        raise RunFolderError(
+            f"to list the arrays of the checkpoint {folder} takes more than "
+            f"{INDEX_BYTES:,} bytes or {INDEX_SECONDS} seconds, as if it were made to "
+            "exhaust this machine; use another one"
         )
     if reader.returncode == array_index.REFUSED:
         raise DamagedCheckpointError(folder, answer.strip())

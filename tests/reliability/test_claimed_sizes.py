@@ -259,10 +259,8 @@ def test_an_index_without_end(run, state, monkeypatch, make):
     with pytest.raises(RunFolderError) as error:
         checkpoints.restore_newest(lambda: state)
     checkpoints.close()
-    assert (
-        "3 is damaged (to list its arrays takes more than 268,435,456 bytes or 200 "
-        "seconds)"
-    ) in str(error.value)
+    assert "3 takes more than 268,435,456 bytes or 200 seconds" in str(error.value)
+    assert not isinstance(error.value, DamagedCheckpointError)
 
 
 def test_a_reader_of_the_index_that_is_killed_is_no_damage(run, read, monkeypatch):
