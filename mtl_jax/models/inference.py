@@ -32,6 +32,10 @@ FIRST_CHOICE = "first_choice"
 """Statistic of a router: the expert that each token goes to first."""
 
 
+ATTENTION = "_attention"
+"""How the names of layers end whose experts are heads of attention."""
+
+
 class MissingExpertError(LookupError):
     """A token was sent to an expert that is neither on the device nor on the host."""
 
@@ -222,7 +226,8 @@ def used_experts(
         serve, in (0, 1]; the fewest that do are taken. 1 takes all that were used.
 
     Returns:
-      Layer -> experts, ascending; the union over tasks.
+      Layer -> experts, ascending; the union over tasks. Layers of attention are not
+      among them, as `place_params` puts all their experts on the device.
 
     Raises:
       ValueError: If the coverage is out of range.
@@ -234,6 +239,8 @@ def used_experts(
     chosen: dict[str, set[int]] = {}
     for usage in usages:
         for layer, used in usage.items():
+            if layer.endswith(ATTENTION):
+                continue
             share = used / used.sum()
             order = np.argsort(-share, kind="stable")
             before = np.cumsum(share[order]) - share[order]
@@ -300,7 +307,7 @@ def place_params(
         return placed
 
     trunk = place(params["trunk"])
-    attention = sorted(layer for layer in resident if layer.endswith("_attention"))
+    attention = sorted(layer for layer in resident if layer.endswith(ATTENTION))
     if attention:
         raise ValueError(
             f"resident names {attention[0]!r}, but experts of attention cannot be left "
@@ -373,7 +380,8 @@ class Predictor:
         if self._complete:
             return prediction
         for block, values in statistics.items():
-            counts = np.asarray(values[MISSING])
+            # Only layers that can lack an expert count what they miss.
+            counts = np.asarray(values.get(MISSING, 0))
             if counts.any():
                 expert = int(np.argmax(counts))
                 raise MissingExpertError(

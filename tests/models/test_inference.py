@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtl_jax.layers.attention import SelfAttention
 from mtl_jax.layers.heads import Classification, DensePrediction
 from mtl_jax.layers.moe import MoE, MoeAttention
 from mtl_jax.layers.moe.gates import Gate
@@ -107,6 +108,32 @@ def test_the_experts_that_were_measured_suffice():
         np.testing.assert_allclose(
             predictor(IMAGES, task), plain(task), rtol=1e-5, atol=1e-5
         )
+
+
+def test_what_was_measured_can_be_placed_beside_layers_that_lack_no_expert():
+    """Attention of experts, and a router that fills the buffers of all of them."""
+    attention = functools.partial(
+        MoeAttention, num_experts=4, router=EXPERTS.keywords["router"]
+    )
+    filled = functools.partial(EXPERTS, num_experts=4, router=ExpertChoice)
+    trunk = TRUNK(
+        moe=(EXPERTS, filled), attention=(attention, SelfAttention), num_tasks=3
+    )
+    model = MultitaskModel(trunk, {"digit": HEADS["digit"]})
+    shape = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(1), {"digit": shape}))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: np.float32(rng.normal(size=leaf.shape)), nn.unbox(shapes)
+    )
+    measured = expert_usage(model, params, "digit", [IMAGES])
+    assert "block_0_attention" in measured
+
+    resident = used_experts([measured])
+    assert set(resident) == {"block_0", "block_1"}
+    assert len(resident["block_0"]) < 16
+    placed = place_params(params, ("digit",), resident, others="nowhere")
+    assert np.isfinite(Predictor(model, placed)(IMAGES, "digit")).all()
 
 
 def test_usage_is_the_share_of_the_routers_choices():
