@@ -43,14 +43,20 @@ def loss_free(
     # An expert that a gate hides must not win by the negative bias of others.
     seen = scores > 0
     expert_index = largest(jnp.where(seen, biased, -1e30), num_selected)
-    values = jnp.where(seen, biased, 0.0) if as_released else scores
-    selected = at_selected(values, expert_index)
-    # Sigmoids may underflow: a token sure of no expert then has weights of zero.
-    total = jnp.sum(selected, axis=-1, keepdims=True)
-    weight = routed_scaling * selected / jnp.where(total == 0, 1.0, total)
+    if as_released:
+        selected = at_selected(jnp.where(seen, biased, 0.0), expert_index)
+        total = jnp.sum(selected, axis=-1, keepdims=True)
+        # Its square, which gradients are divided by, may underflow: a token sure of no
+        # expert has weights of zero, or next to it.
+        tiny = jnp.abs(total) < jnp.finfo(jnp.float32).tiny ** 0.5
+        weight = selected / jnp.where(tiny, 1.0, total)
+    else:
+        # What sigmoids divided by their sum are, also where all of them underflow.
+        selected = at_selected(logits, expert_index)
+        weight = jax.nn.softmax(jax.nn.log_sigmoid(selected), axis=-1)
     return Routing(
         expert_index=expert_index,
-        weight=weight,
+        weight=routed_scaling * weight,
         probabilities=scores,
         losses={},
         auxiliary_loss=jnp.zeros((), jnp.float32),

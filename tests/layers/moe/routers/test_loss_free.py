@@ -44,12 +44,34 @@ def test_by_hand(bias, options, index, weight):
     assert routing.auxiliary_loss == 0.0
 
 
-@pytest.mark.parametrize("as_released", [False, True])
-def test_a_token_sure_of_no_expert_gives_no_nan(as_released):
-    logits = jnp.full((1, 1, 3), -1e4)
-    bias = jnp.array([0.1, 0.2, 0.3])
-    routing = loss_free(logits, bias, num_selected=2, as_released=as_released)
-    np.testing.assert_array_equal(routing.weight, [[[0.0, 0.0]]])
+def gradient_of_first_weight(low, **options):
+    """One token for each of ``low``, by which all its logits are shifted."""
+
+    def first(logits):
+        weight = loss_free(logits, jnp.zeros(4), num_selected=2, **options).weight
+        return jnp.sum(weight[..., 0]), weight
+
+    logits = np.float32(low)[:, None] + np.float32([0, 1, -1, 2])
+    gradient, weight = jax.jit(jax.grad(first, has_aux=True))(logits[None])
+    return np.asarray(weight[0]), np.asarray(gradient[0])
+
+
+def test_a_token_sure_of_no_expert_has_gradients():
+    weight, gradient = gradient_of_first_weight([-20.0, -50.0, -80.0, -1e4])
+    # Small sigmoids are exponentials, and the logits of those selected differ by one:
+    # the larger weight is sigmoid(1), and its derivative that of sigmoid.
+    larger, slope = 1 / (1 + np.exp(-1)), 1 / (2 + np.exp(-1) + np.exp(1))
+    np.testing.assert_allclose(weight[:3], [[larger, 1 - larger]] * 3, rtol=1e-5)
+    np.testing.assert_allclose(gradient[:3], [[0, -slope, 0, slope]] * 3, rtol=1e-5)
+    # Sigmoids that are zero in float32 leave open which two are selected.
+    np.testing.assert_allclose(np.sum(weight[3]), 1, rtol=1e-6)
+    assert np.isfinite(gradient[3]).all()
+
+
+def test_as_released_a_token_sure_of_no_expert_has_no_weight():
+    weight, gradient = gradient_of_first_weight([-50.0, -80.0, -1e4], as_released=True)
+    np.testing.assert_allclose(weight, np.zeros((3, 2)), atol=1e-18)
+    np.testing.assert_allclose(gradient, np.zeros((3, 4)), atol=1e-18)
 
 
 def test_an_expert_that_the_gate_hides_is_not_chosen_for_its_bias():
