@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.attention import SelfAttention
 from mtl_jax.layers.mlp import Mlp
+from mtl_jax.layers.moe.gates import check_task
 from mtl_jax.layers.patch import (
     PatchEmbedding,
     resize_positions,
@@ -281,7 +282,9 @@ class VisionTransformer(nn.Module):
 
         Args:
           images: ``[batch, height, width, channels]``, bytes or floats in [-1, 1].
-          task: Index of the task whose routers to use; needed with ``num_tasks``.
+          task: Index of the task whose routers to use, with ``num_tasks`` and only
+            then. The value of a traced one, as under ``jax.jit``, is not checked: out
+            of range, it gives features that mean nothing.
           condition: A vector of each example, such as the embedding of a timestep, for
             routers whose gate looks at it (`mtl_jax.layers.moe.gates.ConditionGate`).
           train: Whether routers are noisy.
@@ -291,11 +294,11 @@ class VisionTransformer(nn.Module):
           with an appended class token.
 
         Raises:
-          ValueError: If the task is missing, if there is a condition but no layer of
-            experts that could look at it, or if the sizes do not fit.
+          ValueError: If the task is missing, superfluous, or known and out of range;
+            if there is a condition but no layer of experts that could look at it; or if
+            the sizes do not fit.
         """
-        if self.num_tasks is not None and task is None:
-            raise ValueError("a trunk with a router a task needs the index of the task")
+        check_task(task, self.num_tasks)
         layers = layers_of_blocks(self.moe, self.attention, self.depth)
         if condition is not None and not any(
             moe is not None or routes(attention) for moe, attention in layers

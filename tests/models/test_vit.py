@@ -118,9 +118,20 @@ def test_features_depend_on_the_task_through_its_router_alone():
     )
 
 
-def test_a_trunk_with_a_router_a_task_needs_the_task():
-    with pytest.raises(ValueError, match="needs the index of the task"):
-        features("a router a task")
+@pytest.mark.parametrize("fields", [{}, {"remat": True}, {"scan": True, "depth": 4}])
+@pytest.mark.parametrize(
+    ("num_tasks", "task", "message"),
+    [
+        (3, None, "task=None does not fit num_tasks=3"),
+        (3, 3, "task=3 is not one of num_tasks=3"),
+        (3, np.int32(-1), "task=-1 is not one of num_tasks=3"),
+        (None, 0, "task=0 does not fit num_tasks=None"),
+    ],
+)
+def test_the_task_must_be_one_of_the_trunk(fields, num_tasks, task, message):
+    trunk = TRUNK(moe=EXPERTS, num_tasks=num_tasks, **fields)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: trunk.init(jax.random.key(1), IMAGES, task))
 
 
 @pytest.mark.parametrize("kind", TRUNKS)
