@@ -10,6 +10,7 @@ two layouts:
   to the blocks that it is computed in. Few rows stay empty.
 """
 
+import fractions
 import itertools
 import math
 from typing import NamedTuple
@@ -66,7 +67,9 @@ def slots_per_expert(
     Raises:
       ValueError: If the capacity would be less than one slot.
     """
-    capacity = math.ceil(capacity_factor * num_selected * num_tokens / num_experts)
+    # As it is written in decimals: its last bits are not to add a slot.
+    factor = fractions.Fraction(str(capacity_factor))
+    capacity = math.ceil(factor * num_selected * num_tokens / num_experts)
     if capacity < 1:
         raise ValueError(
             f"capacity_factor={capacity_factor} gives {num_experts} experts no slot "

@@ -36,8 +36,10 @@ def largest(
     """Indices of the ``count`` largest values, the largest first.
 
     As ``jax.lax.top_k``, for which the partitioner would gather all rows on every
-    device. The values must be finite; ties go to the lower index.
+    device. No index comes twice; ties go to the lower one.
     """
+    # What is taken must be below all others, also where those are infinitely low.
+    values = jnp.maximum(values, jnp.finfo(values.dtype).min)
     indices = []
     for _ in range(count):
         index = jnp.argmax(values, axis=-1)

@@ -180,6 +180,12 @@ def test_second_derivatives():
         ((10, 64, 1, 1.0), 1),
         # No expert gets a token twice.
         ((10, 4, 2, 100.0), 10),
+        # 1.1 · 100 / 10 is 11, and 1.1 · 100 in binary more than 110.
+        ((100, 10, 1, 1.1), 11),
+        ((100, 10, 1, np.float32(1.1)), 11),
+        ((100, 10, 1, 1.1000001), 12),
+        ((100, 10, 1, 1e-9), 1),
+        ((100, 10, 1, 2), 20),
     ],
 )
 def test_capacity(arguments, capacity):
