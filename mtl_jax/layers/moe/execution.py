@@ -4,6 +4,7 @@ All ways compute the same; which is fastest follows from shapes, mesh and platfo
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -79,7 +80,9 @@ def choose(
     if exchange == "all_to_all" and num_devices > 1:
         return Execution("all_to_all", "buffers")
     if platform == "cpu":
-        share = num_assignments / num_experts
+        # Devices that share the experts gather their rows; others have their own.
+        apart = math.prod(sizes.values()) // num_devices
+        share = num_assignments / num_experts / apart
         if limited and share < ROWS_THAT_FILL_BLOCKS:
             return Execution(exchange, "buffers")
         return Execution(exchange, "sorted")

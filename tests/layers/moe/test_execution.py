@@ -1,6 +1,7 @@
 """Every way to carry out a layer of experts computes the same as a dense oracle."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,38 @@ def test_no_platform_multiplies_rows_with_kernels_of_others(
         parameters={},
     )
     assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "rows", "layout"),
+    [
+        ({"data": 1}, 128, "buffers"),
+        ({"data": 1}, 1024, "sorted"),
+        # Where examples are split each device has an eighth, or a quarter, of the rows;
+        ({"data": 8}, 1024, "buffers"),
+        ({"data": 2, "fsdp": 4}, 1024, "buffers"),
+        ({"data": 2, "fsdp": 2, "expert": 2}, 512, "buffers"),
+        ({"data": 2, "fsdp": 2, "expert": 2}, 1024, "sorted"),
+        ({"data": 8}, 2048, "sorted"),
+        # where experts are split, all rows of its experts.
+        ({"expert": 2}, 1024, "sorted"),
+        ({"expert": 2}, 128, "buffers"),
+    ],
+)
+def test_what_counts_on_a_cpu_is_the_rows_of_an_expert_on_one_device(
+    axes, rows, layout
+):
+    devices = jax.devices()[: math.prod(axes.values())]
+    with jax.set_mesh(make_mesh(**axes, devices=devices)):
+        chosen = choose(
+            num_assignments=8 * rows,
+            num_experts=8,
+            num_selected=2,
+            capacity_factor=1.25,
+            uses_matmuls=True,
+            parameters={},
+        )
+    assert chosen == Execution("all_gather", layout)
 
 
 @pytest.mark.parametrize(
