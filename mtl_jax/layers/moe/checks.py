@@ -1,6 +1,7 @@
 """Checks of what layers of experts are given, before anything is computed."""
 
 import math
+import numbers
 
 from jaxtyping import Array, Float
 
@@ -12,12 +13,17 @@ def check_tokens(x: Float[Array, "..."]) -> None:
       x: The layer's input.
 
     Raises:
-      ValueError: If it has not three axes.
+      ValueError: If it has not three axes, or one of length 0.
     """
     if x.ndim != 3:
         raise ValueError(
             f"x has shape {x.shape}, but the axes must be [batch, tokens, width]; "
             "give a single example as a batch of 1."
+        )
+    if 0 in x.shape:
+        raise ValueError(
+            f"x has shape {x.shape}, which leaves nothing to route; give at least one "
+            "example of one token, or do not call the layer."
         )
 
 
@@ -38,6 +44,22 @@ def check_condition(condition: Float[Array, "..."] | None, batch: int) -> None:
         )
 
 
+def check_integer(field: str, value: int) -> None:
+    """Checks that a field is an integer, as shapes need it.
+
+    Args:
+      field: Its name.
+      value: Its value.
+
+    Raises:
+      ValueError: If it is another number, or none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(
+            f"{field}={value!r} is not an integer; give a whole number without a point."
+        )
+
+
 def check_selected(field: str, selected: int, num_experts: int) -> None:
     """Checks that there are experts, and enough for every token.
 
@@ -47,8 +69,11 @@ def check_selected(field: str, selected: int, num_experts: int) -> None:
       num_experts: Number of experts.
 
     Raises:
-      ValueError: If there is no expert, or a token goes to none or to more than all.
+      ValueError: If there is no expert, or a token goes to none or to more than all;
+        or if one of the numbers is no integer.
     """
+    check_integer("num_experts", num_experts)
+    check_integer(field, selected)
     if num_experts < 1:
         raise ValueError(
             f"num_experts={num_experts} leaves the layer without an expert; make it 1 "

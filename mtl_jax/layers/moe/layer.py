@@ -11,6 +11,7 @@ from mtl_jax.layers.mlp import Mlp
 from mtl_jax.layers.moe.checks import (
     check_capacity_factor,
     check_condition,
+    check_integer,
     check_selected,
     check_tokens,
 )
@@ -105,12 +106,12 @@ class MoE(nn.Module):
           The weighted sum of each token's experts.
 
         Raises:
-          ValueError: If ``x`` or ``condition`` has another shape; if the batch does
-            not divide into groups, or groups and experts not over the mesh; if there is
-            no expert, or ``num_selected`` is not in ``[1, num_experts]``; if
-            ``num_shared_experts`` is negative; if ``capacity_factor`` is not finite or
-            leaves no slot; if there is no such ``execution``; or if ``task`` does not
-            fit ``num_tasks``.
+          ValueError: If ``x`` or ``condition`` has another shape, or ``x`` is empty; if
+            a number of something is no integer; if the batch does not divide into
+            groups, or groups and experts not over the mesh; if there is no expert, or
+            ``num_selected`` is not in ``[1, num_experts]``; if ``num_shared_experts``
+            is negative; if ``capacity_factor`` is not finite or leaves no slot; if
+            there is no such ``execution``; or if ``task`` does not fit ``num_tasks``.
         """
         check_tokens(x)
         check_condition(condition, x.shape[0])
@@ -184,6 +185,8 @@ class MoE(nn.Module):
         return output
 
     def _check(self, batch: int) -> None:
+        for field in ("group_size", "expert_hidden", "num_shared_experts"):
+            check_integer(field, getattr(self, field))
         if self.group_size < 1 or batch % self.group_size:
             raise ValueError(
                 f"group_size={self.group_size} does not divide the batch of {batch} "

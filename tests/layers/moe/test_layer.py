@@ -245,6 +245,12 @@ def test_routing_is_in_float32_whatever_the_dtype():
         ({"group_size": 3}, 4, None, "group_size=3 does not divide the batch of 4"),
         ({"group_size": 8}, 4, None, "group_size=8 does not divide the batch of 4"),
         ({"group_size": 0}, 4, None, "group_size=0"),
+        ({"group_size": 2.0}, 4, None, r"group_size=2\.0 is not an integer; give"),
+        ({"num_selected": 2.0}, 4, None, r"num_selected=2\.0 is not an integer; give"),
+        ({"num_experts": 6.0}, 4, None, r"num_experts=6\.0 is not an integer; give"),
+        ({"expert_hidden": 8.0}, 4, None, r"expert_hidden=8\.0 is not an integer"),
+        ({"num_shared_experts": True}, 4, None, "num_shared_experts=True is not an i"),
+        ({}, 0, None, r"x has shape \(0, 7, 8\), which leaves nothing to route; give"),
         ({"num_experts": 0}, 4, None, "num_experts=0 leaves .* make it 1 or more"),
         (
             {"num_selected": 7},
@@ -271,6 +277,10 @@ def test_input_of_another_shape_is_named():
     x, message = inputs(), r"x has shape \(4, 7\), .* \[batch, tokens, width\]; give"
     with pytest.raises(ValueError, match=message):
         layer().init(jax.random.key(0), x[..., 0], train=False)
+    message = r"x has shape \(4, 0, 8\), which leaves nothing to route; give"
+    for module in (layer(), layer(capacity_factor=None)):
+        with pytest.raises(ValueError, match=message):
+            module.init(jax.random.key(0), x[:, :0], train=False)
     module = layer(router=partial(NoisyTopK, gate=ConditionGate))
     for shape in [(2, 5), (8, 5), (4,), (4, 7, 5)]:
         message = rf"condition has shape {re.escape(str(shape))}, .* \[4, features\]"
