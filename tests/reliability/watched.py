@@ -18,7 +18,11 @@ def _hook(event, arguments):
         writes = flags & WRITES or (isinstance(mode, str) and set(mode) & set("wax+"))
         if writes and not isinstance(path, int):
             _events.append((event, os.fsdecode(path)))
-    elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate"):
+    elif event == "os.mkdir":
+        # One that is there is left as it is.
+        if not os.path.exists(arguments[0]):
+            _events.append((event, os.fsdecode(arguments[0])))
+    elif event in ("os.remove", "os.rmdir", "os.truncate"):
         _events.append((event, os.fsdecode(arguments[0])))
     elif event in ("os.rename", "os.link", "os.symlink"):
         _events.append((event, os.fsdecode(arguments[1])))
