@@ -185,8 +185,11 @@ def _in_full_buffers(trunk: Any) -> VisionTransformer:
         # Routers that fill buffers themselves have a capacity of their own.
         if hasattr(router, "capacity_factor"):
             return make
-        how = Execution("all_gather", "buffers")
-        return functools.partial(make, capacity_factor=1.0, execution=how)
+        fields: dict[str, Any] = {"execution": Execution("all_gather", "buffers")}
+        for name in ("capacity_factor", "evaluation_capacity_factor"):
+            if hasattr(made, name):
+                fields[name] = 1.0
+        return functools.partial(make, **fields)
 
     blocks = layers_of_blocks(trunk.moe, trunk.attention, trunk.depth)
     return trunk.clone(

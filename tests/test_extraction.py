@@ -62,6 +62,9 @@ def test_flops_of_the_rows_that_experts_get():
     )
     expected = 3072 + 2 * (1536 + 512 + 512) + 2048 + 256 + 8 * 512 + 48
     assert forward_flops(model, params, {}, "digit", images) == expected
+    roomy = functools.partial(EXPERTS, evaluation_capacity_factor=1.5)
+    model = MultitaskModel(TRUNK.clone(moe=roomy), model.heads)
+    assert forward_flops(model, params, {}, "digit", images) == expected
     dense = MultitaskModel(TRUNK, {"digit": Classification(3)})
     params = nn.unbox(
         jax.eval_shape(lambda: dense.init(jax.random.key(0), {"digit": images}))

@@ -58,7 +58,7 @@ def single_examples(model: MultitaskModel) -> MultitaskModel:
             num_experts=layer.num_experts, num_selected=layer.num_selected
         )
         # A router with a capacity of its own fills buffers from a whole group.
-        limits = (layer.capacity_factor, getattr(router, "capacity_factor", None))
+        limits = (layer.limit(train=False), getattr(router, "capacity_factor", None))
         if limits != (None, None):
             return make
         return functools.partial(make, group_size=1)

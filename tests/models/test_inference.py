@@ -200,12 +200,14 @@ def test_models_without_capacity_take_any_batch():
     )
     limited = functools.partial(EXPERTS, capacity_factor=1.0)
     filled = functools.partial(EXPERTS, router=ExpertChoice)
-    trunk = TRUNK(moe=(None, EXPERTS, limited, filled))
+    roomy = functools.partial(limited, evaluation_capacity_factor=None)
+    judged = functools.partial(EXPERTS, evaluation_capacity_factor=1.0)
+    trunk = TRUNK(moe=(None, EXPERTS, limited, filled, roomy, judged))
     sizes = [
         make and make().group_size
         for make in single_examples(MultitaskModel(trunk, HEADS)).trunk.moe
     ]
-    assert sizes == [None, 1, 2, 2]
+    assert sizes == [None, 1, 2, 2, 1, 2]
     dense = MultitaskModel(TRUNK(), HEADS)
     assert single_examples(dense) is dense
 

@@ -164,6 +164,10 @@ def test_a_checkpoint_of_another_number_of_experts_is_named(tmp_path):
     moe = functools.partial(larger.trunk.moe, capacity_factor=None)
     check_growth(start, larger.trunk.clone(moe=moe))
     check_growth(start, experiment(num_experts=4, num_routers=5).trunk)
+    # One in evaluation alone changes predictions as well.
+    limited = functools.partial(moe, evaluation_capacity_factor=1.5)
+    with pytest.raises(ValueError, match=r"capacity_factor is 1\.5 in block_1"):
+        check_growth(start, larger.trunk.clone(moe=limited))
     # Such a router's experts take fewer tokens too, whatever the layer's own field is.
     moe = functools.partial(moe, router=ExpertChoice)
     with pytest.raises(ValueError, match=r"capacity_factor is 2\.0 in block_1"):

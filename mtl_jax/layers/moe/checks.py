@@ -87,25 +87,38 @@ def check_selected(field: str, selected: int, num_experts: int) -> None:
 
 
 def check_capacity_factor(
-    capacity_factor: float | None, *, has_buffers: bool = False
+    capacity_factor: float | None,
+    *,
+    has_buffers: bool = False,
+    field: str = "capacity_factor",
 ) -> None:
     """Checks that a capacity is a number, or that there is no limit.
 
-    Whether it leaves experts a slot depends on the tokens, and is checked with them.
+    Whether it leaves a router's buffers a slot depends on the tokens, and is checked
+    with them. Experts that tokens choose get one by any positive number.
 
     Args:
       capacity_factor: Slots over what balanced routing needs, or None.
       has_buffers: Whether a router fills buffers of that capacity, which needs one.
+      field: Name of the field that says it.
 
     Raises:
-      ValueError: If it is infinite or not a number, or None where there are buffers.
+      ValueError: If it is infinite or not a number; or, where there are buffers, None,
+        and where there are none, not positive.
     """
     if capacity_factor is None and not has_buffers:
         return
-    if capacity_factor is None or not math.isfinite(capacity_factor):
-        otherwise = "" if has_buffers else ", or None for experts that take every token"
+    otherwise = "" if has_buffers else ", or None for experts that take every token"
+    if not isinstance(capacity_factor, numbers.Real) or not math.isfinite(
+        capacity_factor
+    ):
         raise ValueError(
-            f"capacity_factor={capacity_factor} is not a finite number; make it "
+            f"{field}={capacity_factor} is not a finite number; make it "
+            f"positive{otherwise}."
+        )
+    if capacity_factor <= 0 and not has_buffers:
+        raise ValueError(
+            f"{field}={capacity_factor} gives experts no slot; make it "
             f"positive{otherwise}."
         )
 

@@ -1,6 +1,7 @@
 """The sparse mixture-of-experts layer."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -61,6 +62,8 @@ class MoE(nn.Module):
       num_selected: Experts each token goes to.
       capacity_factor: Slots of the experts over what balanced routing needs; None for
         experts that take every token sent to them.
+      evaluation_capacity_factor: The same where ``train`` is false, which V-MoE has
+        larger, as there is no backward pass to keep activations for.
       num_tasks: Number of tasks that the router tells apart, or None.
       num_shared_experts: Further experts that see every token, with weight 1
         (DeepSeekMoE; Dai et al., 2024).
@@ -77,6 +80,9 @@ class MoE(nn.Module):
     group_size: int
     num_selected: int = 2
     capacity_factor: float | None = 1.25
+    evaluation_capacity_factor: float | Literal["as_in_training"] | None = (
+        "as_in_training"
+    )
     num_tasks: int | None = None
     num_shared_experts: int = 0
     dtype: DTypeLike = jnp.float32
@@ -100,7 +106,8 @@ class MoE(nn.Module):
           task: Index of the task that the router routes for, possibly traced; None
             where there is a single router.
           condition: What routers that do not look at tokens route each example by.
-          train: Whether the router may be noisy, which takes the ``router`` key.
+          train: Whether the router may be noisy, which takes the ``router`` key, and
+            which capacity the experts have.
 
         Returns:
           The weighted sum of each token's experts.
@@ -110,8 +117,9 @@ class MoE(nn.Module):
             a number of something is no integer; if the batch does not divide into
             groups, or groups and experts not over the mesh; if there is no expert, or
             ``num_selected`` is not in ``[1, num_experts]``; if ``num_shared_experts``
-            is negative; if ``capacity_factor`` is not finite or leaves no slot; if
-            there is no such ``execution``; or if ``task`` does not fit ``num_tasks``.
+            is negative; if ``capacity_factor`` or ``evaluation_capacity_factor`` is not
+            finite and positive; if there is no such ``execution``; or if ``task`` does
+            not fit ``num_tasks``.
         """
         check_tokens(x)
         check_condition(condition, x.shape[0])
@@ -134,7 +142,9 @@ class MoE(nn.Module):
             name="router",
         )
         decision = router(groups, task, condition, train=train)
-        output = self._apply_experts(groups.astype(self.dtype), decision)
+        output = self._apply_experts(
+            groups.astype(self.dtype), decision, self.limit(train=train)
+        )
         output = output.reshape(x.shape)
         if self.num_shared_experts:
             shared = self.expert(
@@ -145,10 +155,17 @@ class MoE(nn.Module):
             output = output + shared(x.astype(self.dtype))
         return output
 
+    def limit(self, *, train: bool) -> float | None:
+        """The capacity factor that holds in training, or in evaluation."""
+        if train or self.evaluation_capacity_factor == "as_in_training":
+            return self.capacity_factor
+        return self.evaluation_capacity_factor
+
     def _apply_experts(
         self,
         groups: Float[Array, "groups tokens width"],
         decision: Routing | Dispatcher,
+        capacity_factor: float | None,
     ) -> Float[Array, "groups tokens width"]:
         """The experts' weighted outputs; records statistics of the decision."""
         expert = self.expert(
@@ -167,16 +184,16 @@ class MoE(nn.Module):
             return run_dispatcher(stages, parameters, groups, decision)
         num_tokens = groups.shape[1]
         capacity = num_tokens
-        if self.capacity_factor is not None:
+        if capacity_factor is not None:
             capacity = slots_per_expert(
-                num_tokens, self.num_experts, self.num_selected, self.capacity_factor
+                num_tokens, self.num_experts, self.num_selected, capacity_factor
             )
         how = choose(
             asked=self.execution,
             num_assignments=decision.expert_index.size,
             num_experts=self.num_experts,
             num_selected=self.num_selected,
-            capacity_factor=self.capacity_factor,
+            capacity_factor=capacity_factor,
             uses_matmuls=hasattr(expert, "stages"),
             parameters=parameters,
         )
@@ -193,7 +210,10 @@ class MoE(nn.Module):
                 "examples; choose a positive divisor of the batch."
             )
         check_selected("num_selected", self.num_selected, self.num_experts)
-        check_capacity_factor(self.capacity_factor)
+        check_capacity_factor(self.limit(train=True))
+        check_capacity_factor(
+            self.limit(train=False), field="evaluation_capacity_factor"
+        )
         if self.num_shared_experts < 0:
             raise ValueError(
                 f"num_shared_experts={self.num_shared_experts} is negative; make it 0 "

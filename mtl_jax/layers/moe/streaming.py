@@ -249,6 +249,7 @@ def _apply_experts(
     experts: PlacedExperts,
     groups: Float[Array, "groups tokens width"],
     decision: Routing | Dispatcher,
+    capacity_factor: float | None,
 ) -> Float[Array, "groups tokens width"]:
     """What the layer itself does, with experts wherever they are."""
     expert = module.expert(
@@ -269,9 +270,9 @@ def _apply_experts(
         return run_dispatcher(stages, parameters, groups, decision)
     num_tokens = groups.shape[1]
     capacity = num_tokens
-    if module.capacity_factor is not None:
+    if capacity_factor is not None:
         capacity = dispatch.slots_per_expert(
-            num_tokens, module.num_experts, module.num_selected, module.capacity_factor
+            num_tokens, module.num_experts, module.num_selected, capacity_factor
         )
     positions = dispatch.queue(
         decision.expert_index, module.num_experts, capacity, decision.priority

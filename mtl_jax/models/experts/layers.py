@@ -14,8 +14,8 @@ class ExpertLayer(NamedTuple):
       kind: ``"moe"``, in place of the perceptron, or ``"attention"``.
       num_experts: Number of experts.
       num_selected: Experts a token goes to.
-      capacity_factor: Of the layer, or of a router that fills buffers itself; None
-        where experts take every token.
+      capacity_factor: Of the layer, the smaller one of training and evaluation, or of
+        a router that fills buffers itself; None where experts take every token.
     """
 
     block: int
@@ -48,5 +48,9 @@ def expert_layers(trunk: VisionTransformer) -> list[ExpertLayer]:
 
 def _layer(block: int, kind: str, made: Any, num_selected: int) -> ExpertLayer:
     router = made.router(num_experts=made.num_experts, num_selected=num_selected)
-    capacity_factor = getattr(router, "capacity_factor", made.capacity_factor)
+    limits = {made.capacity_factor}
+    if kind == "moe":
+        limits.add(made.limit(train=False))
+    smallest = min(limits - {None}, default=None)
+    capacity_factor = getattr(router, "capacity_factor", smallest)
     return ExpertLayer(block, kind, made.num_experts, num_selected, capacity_factor)

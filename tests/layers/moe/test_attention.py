@@ -218,7 +218,7 @@ def test_on_a_mesh(how, sizes):
             "num_heads=3 is not between 1 and num_experts=2, .* change num_heads, or",
         ),
         ({"head_width": None, "num_heads": 4}, "num_heads=4 does not divide the wid"),
-        ({"capacity_factor": 0.0}, "capacity_factor=0.0 gives 8 experts no slot"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0 gives experts no slot"),
         ({"capacity_factor": float("inf")}, "capacity_factor=inf .* or None for"),
         ({"capacity_factor": float("nan")}, "capacity_factor=nan is not a finite"),
     ],

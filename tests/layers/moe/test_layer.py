@@ -176,6 +176,21 @@ def test_auxiliary_loss_is_weighted_and_differentiable():
     assert not np.any(gradient["params"]["experts"]["up"]["kernel"])
 
 
+def test_evaluation_may_have_a_capacity_of_its_own():
+    quiet = partial(NoisyTopK, noise_std=0.0)
+    module = layer(router=quiet, capacity_factor=0.5, evaluation_capacity_factor=None)
+    x = inputs()
+    params = variables(module, x)
+    for train, capacity_factor in ((True, 0.5), (False, None)):
+        other = layer(router=quiet, capacity_factor=capacity_factor)
+        output, written = apply(module, params, x, train=train)
+        expected, state = apply(other, params, x, train=train)
+        np.testing.assert_array_equal(output, expected)
+        dropped = written["statistics"]["dropped"]
+        assert dropped == state["statistics"]["dropped"]
+        assert (dropped > 0) == train
+
+
 def test_groups_do_not_see_each_other():
     module = layer(capacity_factor=0.5)
     x = inputs()
@@ -262,6 +277,18 @@ def test_routing_is_in_float32_whatever_the_dtype():
         ({"capacity_factor": 0.0}, 4, None, r"capacity_factor=0\.0"),
         ({"capacity_factor": math.inf}, 4, None, "capacity_factor=inf .* or None for"),
         ({"capacity_factor": math.nan}, 4, None, "capacity_factor=nan is not a finite"),
+        (
+            {"evaluation_capacity_factor": -1.0},
+            4,
+            None,
+            r"evaluation_capacity_factor=-1\.0 gives experts no slot; .* or None for",
+        ),
+        (
+            {"evaluation_capacity_factor": "as in training"},
+            4,
+            None,
+            "evaluation_capacity_factor=as in training is not a finite number; make",
+        ),
         ({"num_shared_experts": -1}, 4, None, "num_shared_experts=-1 .* make it 0"),
         ({"num_tasks": 2}, 4, None, "task=None does not fit num_tasks=2"),
         ({}, 4, 0, "task=0 does not fit num_tasks=None"),

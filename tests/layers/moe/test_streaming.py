@@ -73,7 +73,7 @@ def run(placed, task=1, **fields):
     "fields",
     [
         {},
-        {"capacity_factor": 0.6},
+        {"capacity_factor": 2.0, "evaluation_capacity_factor": 0.6},
         {"expert": SwiGlu, "num_shared_experts": 1},
         {"expert": Affine},
     ],
