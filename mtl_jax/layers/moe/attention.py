@@ -19,6 +19,7 @@ from mtl_jax.layers.moe.checks import (
 from mtl_jax.layers.moe.dispatch import slots_per_expert
 from mtl_jax.layers.moe.execution import Execution, choose, run
 from mtl_jax.layers.moe.experts import expert_stages
+from mtl_jax.layers.moe.gates import fewest_visible
 from mtl_jax.layers.moe.record import record
 from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.layers.moe.routing import Routing
@@ -134,8 +135,9 @@ class MoeAttention(nn.Module):
                 num_tokens, self.num_experts, self.num_heads, self.capacity_factor
             )
         each: Any = routing._replace(weight=None)
+        fewest = fewest_visible(router)
         query, dropped = run(
-            how, (to_query,), {"down": parameters["down"]}, x, each, capacity
+            how, (to_query,), {"down": parameters["down"]}, x, each, capacity, fewest
         )
         key, value = (self._shared(name, head_width)(x) for name in ("key", "value"))
         # It takes the softmax in float32 by promoting implicitly.
@@ -144,7 +146,13 @@ class MoeAttention(nn.Module):
                 query, key[:, :, None], value[:, :, None]
             )
         output, _ = run(
-            how, (to_output,), {"up": parameters["up"]}, attended, routing, capacity
+            how,
+            (to_output,),
+            {"up": parameters["up"]},
+            attended,
+            routing,
+            capacity,
+            fewest,
         )
         record(self, routing, dropped)
         return output

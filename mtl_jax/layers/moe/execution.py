@@ -142,6 +142,7 @@ def run(
     groups: Float[Array, "groups tokens *selected width"],
     routing: Routing,
     capacity: int,
+    fewest_visible: int | None = None,
 ) -> tuple[Float[Array, "groups tokens *selected width"], Float[Array, ""]]:
     """The experts' weighted outputs.
 
@@ -153,17 +154,24 @@ def run(
       routing: Where they go. Where its ``weight`` is None, outputs are not added up but
         returned for each assignment.
       capacity: Assignments that an expert takes of each group.
+      fewest_visible: The least number of experts that some task sees; by default all.
+        Blocks of sorted rows have the sizes that suit so many: tasks that do not see
+        what was added then compute what they did before, to the last bit.
 
     Returns:
       The outputs, and the fraction of assignments that found no capacity.
     """
+    if fewest_visible is None:
+        fewest_visible = jax.tree.leaves(parameters)[0].shape[0]
     alone = expert_parallel.num_expert_parts() == 1
     way = _gathering if alone else _WAYS[execution.exchange]
-    output, kept = way(execution, stages, parameters, groups, routing, capacity)
+    output, kept = way(
+        execution, stages, parameters, groups, routing, capacity, fewest_visible
+    )
     return output, 1.0 - jnp.mean(kept)
 
 
-def _exchanging(execution, stages, parameters, groups, routing, capacity):
+def _exchanging(execution, stages, parameters, groups, routing, capacity, _):
     """Each device fills buffers for all experts; buffers travel to them and back."""
     num_experts = jax.tree.leaves(parameters)[0].shape[0]
     fill, empty = _FILLING[execution.layout]
@@ -183,7 +191,9 @@ def _exchanging(execution, stages, parameters, groups, routing, capacity):
     return output, kept
 
 
-def _gathering(execution, stages, parameters, groups, routing, capacity):
+def _gathering(
+    execution, stages, parameters, groups, routing, capacity, fewest_visible
+):
     """Each device applies its experts to all tokens of the devices that share them."""
     parts = expert_parallel.num_expert_parts()
 
@@ -198,7 +208,7 @@ def _gathering(execution, stages, parameters, groups, routing, capacity):
             # Here are the assignments to the other devices' experts too.
             expected = expert_index.size // parts
             apply, sizes = _on_sorted_rows(
-                execution, expected, num_experts, groups.shape[0] * capacity
+                execution, expected, fewest_visible / parts, groups.shape[0] * capacity
             )
             slots, count = dispatch.in_order(expert_index, positions, sizes)
             rows = dispatch.dispatch(groups, slots)
@@ -217,7 +227,7 @@ def _gathering(execution, stages, parameters, groups, routing, capacity):
     )
 
 
-def _sending(execution, stages, parameters, groups, routing, capacity):
+def _sending(execution, stages, parameters, groups, routing, capacity, fewest_visible):
     """Each device sends the rows of its tokens to their experts, sorted."""
     num_experts = jax.tree.leaves(parameters)[0].shape[0]
     parts = expert_parallel.num_expert_parts()
@@ -230,7 +240,7 @@ def _sending(execution, stages, parameters, groups, routing, capacity):
         apply, sizes = _on_sorted_rows(
             execution,
             num_received // parts,
-            num_experts // parts,
+            fewest_visible / parts,
             parts * groups.shape[0] * capacity,
         )
         planned = ragged.plan(count, sizes)
@@ -251,17 +261,17 @@ def _sending(execution, stages, parameters, groups, routing, capacity):
 
 
 def _on_sorted_rows(
-    execution: Execution, num_rows: int, num_experts: int, most: int
+    execution: Execution, num_rows: int, num_experts: float, most: int
 ) -> tuple[Callable, tuple[int, ...]]:
     """What applies experts to sorted rows, and the blocks it wants them padded to.
 
     Args:
       execution: How.
       num_rows: Rows to expect.
-      num_experts: Experts that they are for.
+      num_experts: Experts that they are for at least, on average over devices.
       most: Rows that one of them can have at most.
     """
-    num_rows = min(num_rows, num_experts * most)
+    num_rows = min(num_rows, math.floor(num_experts * most))
     if execution.matmul == "blocks":
         sizes = grouped.block_sizes(num_rows, num_experts, most)
         apply = functools.partial(grouped.apply_blocks, sizes=sizes, num_rows=num_rows)

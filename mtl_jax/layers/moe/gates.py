@@ -4,6 +4,7 @@ A router is a gate and a rule that selects by its logits. Which gate decides wha
 choice of experts may depend on: the token, the task, or a condition of the example.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.mlp import exact_gelu
+from mtl_jax.layers.moe.routing import Routing
 
 GateInit = nn.initializers.Initializer
 
@@ -113,13 +115,18 @@ class Gate(nn.Module):
         kernel = parameter(
             self, "kernel", self.kernel_init, shape, KERNEL_AXES, self.num_tasks
         )
-        logits = matmul_float32(tokens, of_task(kernel, task))
+        kernel = of_task(kernel, task)
         if self.visible_experts is None:
-            return logits
-        visible = of_task(jnp.asarray(self.visible_experts), task)
-        seen = jnp.arange(self.num_experts) < visible
-        # Finite, as routers need it, and without a share in any softmax.
-        return jnp.where(seen[None, None], logits, HIDDEN)
+            return matmul_float32(tokens, kernel)
+
+        def among(visible: int) -> Array:
+            # Of the visible experts' columns alone, as a product with more columns may
+            # round otherwise.
+            logits = matmul_float32(tokens, kernel[:, :visible])
+            # Finite, as routers need it, and without a share in any softmax.
+            return _padded(logits, self.num_experts, HIDDEN)
+
+        return _by_visible(self.visible_experts, task, among)
 
     def _check_visible(self) -> None:
         if self.visible_experts is None:
@@ -146,6 +153,73 @@ class Gate(nn.Module):
                     f"{visible}, but each token goes to num_selected={needed}; show "
                     "the task more experts, or select fewer."
                 )
+
+
+def among_visible(
+    gate: nn.Module,
+    logits: Float[Array, "groups tokens experts"],
+    task: Int[Array, ""] | int | None,
+    decide: Callable[[Float[Array, "groups tokens visible"]], Routing],
+) -> Routing:
+    """What a router of the experts that the task sees decides.
+
+    Weights, losses and noise are those of a router that has no other experts: for a
+    model to which experts were added behind these, what it decided before, to the last
+    bit.
+
+    Args:
+      gate: The gate.
+      logits: Its logits of all experts.
+      task: Index of the task, or None.
+      decide: Takes logits of the visible experts, which are the first ones.
+
+    Returns:
+      The decision, in which hidden experts have no gate.
+    """
+    visible_experts = getattr(gate, "visible_experts", None)
+    if visible_experts is None:
+        return decide(logits)
+
+    def among(visible: int) -> Routing:
+        routing = decide(logits[..., :visible])
+        return routing._replace(
+            probabilities=_padded(routing.probabilities, logits.shape[-1], 0.0)
+        )
+
+    return _by_visible(visible_experts, task, among)
+
+
+def fewest_visible(router: nn.Module) -> int:
+    """The least number of experts that some task sees.
+
+    Where experts were added for new tasks, it is how many there were before.
+    """
+    made: Any = router
+    if not hasattr(made, "gate"):
+        return made.num_experts
+    # Made to look at its fields, and not called.
+    gate = made.gate(num_experts=made.num_experts, num_tasks=made.num_tasks)
+    visible = getattr(gate, "visible_experts", None)
+    return made.num_experts if visible is None else min(visible)
+
+
+def _by_visible(
+    visible_experts: tuple[int, ...],
+    task: Int[Array, ""] | int | None,
+    among: Callable[[int], Any],
+) -> Any:
+    """``among`` of the number of experts that the task sees, which is no array."""
+    numbers = sorted(set(visible_experts))
+    which = jnp.asarray([numbers.index(number) for number in visible_experts])
+    branches = [functools.partial(among, number) for number in numbers]
+    return jax.lax.switch(of_task(which, task), branches)
+
+
+def _padded(
+    values: Float[Array, "groups tokens visible"], num_experts: int, value: float
+) -> Float[Array, "groups tokens experts"]:
+    hidden = num_experts - values.shape[-1]
+    return jnp.pad(values, ((0, 0), (0, 0), (0, hidden)), constant_values=value)
 
 
 def parameter(

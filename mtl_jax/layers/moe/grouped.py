@@ -45,7 +45,7 @@ def linear(
     )
 
 
-def block_sizes(num_rows: int, num_experts: int, most: int) -> tuple[int, ...]:
+def block_sizes(num_rows: int, num_experts: float, most: int) -> tuple[int, ...]:
     """Sizes of the blocks that suit so many rows on so many experts.
 
     They lie closely around an expert's even share: one block then holds most experts'
@@ -53,7 +53,7 @@ def block_sizes(num_rows: int, num_experts: int, most: int) -> tuple[int, ...]:
 
     Args:
       num_rows: Assignments in all.
-      num_experts: Number of experts.
+      num_experts: Number of experts; not a whole number where it is an average.
       most: Rows that an expert can have at most.
 
     Returns:

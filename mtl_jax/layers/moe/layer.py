@@ -20,6 +20,7 @@ from mtl_jax.layers.moe.dispatch import slots_per_expert
 from mtl_jax.layers.moe.dispatcher import Dispatcher, run_dispatcher
 from mtl_jax.layers.moe.execution import Execution, choose, run
 from mtl_jax.layers.moe.experts import expert_stages
+from mtl_jax.layers.moe.gates import fewest_visible
 from mtl_jax.layers.moe.record import record, record_dispatcher
 from mtl_jax.layers.moe.routers import NoisyTopK
 from mtl_jax.layers.moe.routing import Routing
@@ -144,7 +145,10 @@ class MoE(nn.Module):
         )
         decision = router(groups, task, condition, train=train)
         output = self._apply_experts(
-            groups.astype(self.dtype), decision, self.limit(train=train)
+            groups.astype(self.dtype),
+            decision,
+            self.limit(train=train),
+            fewest_visible(router),
         )
         output = output.reshape(x.shape)
         if self.num_shared_experts:
@@ -167,6 +171,7 @@ class MoE(nn.Module):
         groups: Float[Array, "groups tokens width"],
         decision: Routing | Dispatcher,
         capacity_factor: float | None,
+        fewest: int,
     ) -> Float[Array, "groups tokens width"]:
         """The experts' weighted outputs; records statistics of the decision."""
         expert = self.expert(
@@ -198,7 +203,9 @@ class MoE(nn.Module):
             uses_matmuls=hasattr(expert, "stages"),
             parameters=parameters,
         )
-        output, dropped = run(how, stages, parameters, groups, decision, capacity)
+        output, dropped = run(
+            how, stages, parameters, groups, decision, capacity, fewest
+        )
         record(self, decision, dropped)
         return output
 

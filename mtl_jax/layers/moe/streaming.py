@@ -250,6 +250,7 @@ def _apply_experts(
     groups: Float[Array, "groups tokens width"],
     decision: Routing | Dispatcher,
     capacity_factor: float | None,
+    fewest: int,
 ) -> Float[Array, "groups tokens width"]:
     """What the layer itself does, with experts wherever they are."""
     expert = module.expert(
@@ -277,7 +278,7 @@ def _apply_experts(
     positions = dispatch.queue(
         decision.expert_index, module.num_experts, capacity, decision.priority
     )
-    block = _block_size(decision.expert_index.shape, module.num_experts)
+    block = _block_size(decision.expert_index.shape, fewest)
     slots, count = _in_blocks(decision.expert_index, positions, block)
     rows = dispatch.dispatch(groups, slots)
     outputs = apply_placed(stages, experts, rows, count, block)

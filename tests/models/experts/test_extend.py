@@ -18,10 +18,11 @@ from small_experts import (
     variables,
 )
 
+from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.execution import Execution, choose
 from mtl_jax.layers.moe.gates import Gate
 from mtl_jax.layers.moe.grouped import block_sizes
-from mtl_jax.layers.moe.routers import NoisyTopK
+from mtl_jax.layers.moe.routers import M3ViT, ModSquad, NoisyTopK, Switch
 from mtl_jax.models.experts import expert_usage, extend, only_new
 from mtl_jax.models.multitask import repeat
 from mtl_jax.sharding.rules import path_name
@@ -63,6 +64,69 @@ def test_old_tasks_compute_the_same_to_the_last_bit(execution, tasks):
             predict(carried_out(large, execution), grown, task, images=MANY),
             predict(carried_out(small, execution), old, task, images=MANY),
         )
+
+
+def assert_layer_grows_alike(router, width, old, new, num_selected, shape):
+    """Compares a layer of two tasks with one that has more experts for a third."""
+
+    def layer(num_experts, *visible_experts):
+        return MoE(
+            num_experts,
+            2 * width,
+            group_size=1,
+            num_selected=num_selected,
+            capacity_factor=None,
+            num_tasks=len(visible_experts) or 2,
+            router=functools.partial(
+                router,
+                gate=functools.partial(Gate, visible_experts=visible_experts or None),
+            ),
+        )
+
+    x = jnp.float32(np.random.default_rng(0).normal(size=(*shape, width)))
+    outputs, params = [], {}
+    for seed, module in enumerate((layer(old), layer(new, old, old, new))):
+        params = extend(_scaled(module, x, seed), params)
+        apply = jax.jit(functools.partial(module.apply, train=False))
+        outputs.append(apply({"params": params}, x, jnp.int32(1)))
+    assert np.abs(outputs[0]).mean() > 1e-3
+    np.testing.assert_array_equal(outputs[1], outputs[0])
+
+
+def _scaled(module, x, seed):
+    """Random parameters of the size that initial ones have."""
+    init = functools.partial(module.init, train=False)
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), x, 0)["params"])
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.float32(rng.normal(size=leaf.shape) / leaf.shape[-2] ** 0.5),
+        shapes,
+    )
+
+
+@pytest.mark.parametrize("router", [ModSquad, NoisyTopK])
+def test_a_layer_of_usual_size_computes_the_same_to_the_last_bit(router):
+    """At these sizes, sums and products of XLA for CPUs round by number of experts."""
+    assert_layer_grows_alike(router, 96, 8, 12, 2, (8, 49))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", [ModSquad, NoisyTopK, M3ViT, Switch])
+@pytest.mark.parametrize(
+    ("width", "old", "new", "num_selected", "shape"),
+    [
+        (96, 8, 12, 2, (64, 49)),
+        (96, 8, 12, 2, (3, 49)),
+        (192, 8, 12, 2, (8, 64)),
+        (384, 16, 24, 4, (1, 64)),
+        (768, 16, 24, 4, (1, 20)),
+    ],
+)
+def test_layers_of_any_size_compute_the_same_to_the_last_bit(
+    router, width, old, new, num_selected, shape
+):
+    selected = 1 if router is Switch else num_selected
+    assert_layer_grows_alike(router, width, old, new, selected, shape)
 
 
 def test_what_a_layer_chooses_by_itself_differs_with_the_number_of_experts():

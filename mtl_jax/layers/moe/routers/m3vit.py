@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from mtl_jax.layers.moe.gates import Gate, MakeGate
+from mtl_jax.layers.moe.gates import Gate, MakeGate, among_visible
 from mtl_jax.layers.moe.routing import Routing, at_selected, largest, weighted_sum
 
 
@@ -113,11 +113,13 @@ class M3ViT(nn.Module):
     ) -> Routing:
         """Routes the tokens of each group, in training as otherwise."""
         del train
-        logits = self.gate(
+        gate = self.gate(
             num_experts=self.num_experts, num_tasks=self.num_tasks, name="gate"
-        )(tokens, task, condition)
-        return m3vit(
-            logits,
+        )
+        logits = gate(tokens, task, condition)
+        decide = functools.partial(
+            m3vit,
             num_selected=self.num_selected,
             balance_weight=self.balance_weight,
         )
+        return among_visible(gate, logits, task, decide)

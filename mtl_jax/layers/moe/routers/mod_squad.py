@@ -1,11 +1,13 @@
 """Mod-Squad's routing, whose loss looks at all tasks of a step together."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from mtl_jax.layers.moe.gates import Gate, MakeGate
+from mtl_jax.layers.moe.gates import Gate, MakeGate, among_visible
 from mtl_jax.layers.moe.routing import Routing, at_selected, largest
 
 
@@ -68,7 +70,9 @@ class ModSquad(nn.Module):
     ) -> Routing:
         """Routes the tokens of each group, in training as otherwise."""
         del train
-        logits = self.gate(
+        gate = self.gate(
             num_experts=self.num_experts, num_tasks=self.num_tasks, name="gate"
-        )(tokens, task, condition)
-        return mod_squad(logits, num_selected=self.num_selected)
+        )
+        logits = gate(tokens, task, condition)
+        decide = functools.partial(mod_squad, num_selected=self.num_selected)
+        return among_visible(gate, logits, task, decide)

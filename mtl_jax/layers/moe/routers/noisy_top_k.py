@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.moe import losses
-from mtl_jax.layers.moe.gates import Gate, MakeGate
+from mtl_jax.layers.moe.gates import Gate, MakeGate, among_visible
 from mtl_jax.layers.moe.routing import Routing, at_selected, largest, weighted_sum
 
 
@@ -118,20 +118,24 @@ class NoisyTopK(nn.Module):
         train: bool,
     ) -> Routing:
         """Routes the tokens of each group."""
-        logits = self.gate(
+        gate = self.gate(
             num_experts=self.num_experts, num_tasks=self.num_tasks, name="gate"
-        )(tokens, task, condition)
-        noise = None
-        if train and self.noise_std > 0:
-            noise = jax.random.normal(self.make_rng("router"), logits.shape)
-        return noisy_top_k(
-            logits,
-            noise,
-            num_selected=self.num_selected,
-            noise_std=self.noise_std,
-            importance_weight=self.importance_weight,
-            load_weight=self.load_weight,
-            gshard_weight=self.gshard_weight,
-            z_weight=self.z_weight,
-            batch_priority=self.batch_priority,
         )
+        logits = gate(tokens, task, condition)
+        noisy = train and self.noise_std > 0
+        key = self.make_rng("router") if noisy else None
+
+        def decide(logits: Float[Array, "groups tokens visible"]) -> Routing:
+            return noisy_top_k(
+                logits,
+                None if key is None else jax.random.normal(key, logits.shape),
+                num_selected=self.num_selected,
+                noise_std=self.noise_std,
+                importance_weight=self.importance_weight,
+                load_weight=self.load_weight,
+                gshard_weight=self.gshard_weight,
+                z_weight=self.z_weight,
+                batch_priority=self.batch_priority,
+            )
+
+        return among_visible(gate, logits, task, decide)

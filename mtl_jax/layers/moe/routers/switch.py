@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from mtl_jax.layers.moe import losses
-from mtl_jax.layers.moe.gates import Gate, MakeGate
+from mtl_jax.layers.moe.gates import Gate, MakeGate, among_visible
 from mtl_jax.layers.moe.routing import Routing, at_selected, largest, weighted_sum
 
 
@@ -101,9 +101,11 @@ class Switch(nn.Module):
                 minval=1 - self.jitter,
                 maxval=1 + self.jitter,
             )
-        logits = self.gate(
+        gate = self.gate(
             num_experts=self.num_experts, num_tasks=self.num_tasks, name="gate"
-        )(tokens, task, condition)
-        return switch(
-            logits, balance_weight=self.balance_weight, z_weight=self.z_weight
         )
+        logits = gate(tokens, task, condition)
+        decide = functools.partial(
+            switch, balance_weight=self.balance_weight, z_weight=self.z_weight
+        )
+        return among_visible(gate, logits, task, decide)
