@@ -134,6 +134,8 @@ def test_what_was_measured_can_be_placed_beside_layers_that_lack_no_expert():
     assert len(resident["block_0"]) < 16
     placed = place_params(params, ("digit",), resident, others="nowhere")
     assert np.isfinite(Predictor(model, placed)(IMAGES, "digit")).all()
+    with pytest.raises(ValueError, match="block_1/moe fills the buffers of all expe"):
+        Predictor(model, place_params(params, ("digit",), {}))(IMAGES, "digit")
 
 
 def test_usage_is_the_share_of_the_routers_choices():

@@ -262,9 +262,10 @@ def _apply_experts(
     )
     if not isinstance(decision, Routing):
         if jax.tree.leaves(experts.resident)[0].shape[0] < module.num_experts:
+            where = "/".join(module.path) or "the layer"
             raise ValueError(
-                f"the router of {module.name!r} fills the buffers of all experts, so "
-                "none can be left out; keep all of them on the device"
+                f"the router of {where} fills the buffers of all experts, so none can "
+                "be left out; keep all of them on the device"
             )
         record_dispatcher(module, decision)
         parameters = _cast(experts.resident, groups.dtype)
