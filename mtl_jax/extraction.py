@@ -23,6 +23,7 @@ from mtl_jax.models.experts import (
     extract,
     kept_experts,
 )
+from mtl_jax.models.experts.extract import visible_kept
 from mtl_jax.models.multitask import MultitaskModel, repeat
 from mtl_jax.models.vit import VisionTransformer, layers_of_blocks
 from mtl_jax.train.checkpoint import Checkpoints
@@ -80,7 +81,8 @@ def extract_run(
     small = extract(
         model, state.params, task, kept, experiment.inputs, state.collections
     )
-    new_config = _config_of_task(config, task, kept)
+    visible = visible_kept(model.trunk, kept, model.task_index(task))
+    new_config = _config_of_task(config, task, kept, visible)
     new_experiment = configuration.build(new_config)
     train.validate(new_experiment)
     new_program = train.build_program(
@@ -259,7 +261,10 @@ def _only(program: Program, task: str) -> Program:
 
 
 def _config_of_task(
-    config: fdl.Config, task: str, kept: Mapping[str, np.ndarray]
+    config: fdl.Config,
+    task: str,
+    kept: Mapping[str, np.ndarray],
+    visible: Mapping[str, tuple[int, ...]],
 ) -> fdl.Config:
     """The config of the extracted model, on one kind of devices."""
     config = copy.deepcopy(config)
@@ -268,8 +273,12 @@ def _config_of_task(
     def fewer(make: Any, layer: str) -> Any:
         if layer not in kept:
             return make
-        make = make if isinstance(make, fdl.Partial) else fdl.Partial(make)
-        return fdl.copy_with(make, num_experts=len(kept[layer]))
+        make = fdl.copy_with(_partial(make), num_experts=len(kept[layer]))
+        if layer in visible:
+            router = _partial(make.router)
+            gate = fdl.copy_with(_partial(router.gate), visible_experts=visible[layer])
+            make.router = fdl.copy_with(router, gate=gate)
+        return make
 
     blocks = layers_of_blocks(trunk.moe, trunk.attention, trunk.depth)
     trunk.moe = tuple(fewer(moe, f"block_{i}") for i, (moe, _) in enumerate(blocks))
@@ -297,6 +306,10 @@ def _config_of_task(
     while fdl.get_callable(config.optimizer) is train_new:
         config.optimizer = config.optimizer.optimizer
     return config
+
+
+def _partial(make: Any) -> fdl.Partial:
+    return make if isinstance(make, fdl.Partial) else fdl.Partial(make)
 
 
 def _state_of(program: Program, small: Extracted, old: TrainState) -> TrainState:

@@ -8,6 +8,7 @@ import json
 import types
 from pathlib import Path
 
+import fiddle as fdl
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,10 @@ from mtl_jax import configuration, train
 from mtl_jax.extraction import extract_run, format_extraction, forward_flops
 from mtl_jax.layers.heads import Classification
 from mtl_jax.layers.moe import MoE
+from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.routers import LossFree
 from mtl_jax.models import MultitaskModel, VisionTransformer
+from mtl_jax.models.experts import expert_layers
 from mtl_jax.train.evaluate import make_evaluate
 
 TRUNK = VisionTransformer(width=8, depth=2, num_heads=2, patch_size=4, mlp_ratio=2)
@@ -139,3 +143,30 @@ def test_a_task_keeps_its_metrics_with_the_experts_that_it_uses(tmp_path):
     fewer = left_out * (280 + 8) + 24 * 8 + 90
     assert before["parameters"] - after["parameters"] == fewer
     assert before["flops"] - after["flops"] == left_out * (64 + 512)
+
+
+@pytest.mark.slow
+def test_a_task_that_does_not_see_all_experts_keeps_its_metrics(tmp_path):
+    """As the one before, where task ``right`` sees 6 of 24 experts."""
+    with jax.numpy_dtype_promotion("standard"):
+        config = configuration.load_config(
+            str(Path(__file__).with_name("extraction_config.py"))
+        )
+        gate = fdl.Partial(Gate, visible_experts=(24, 6))
+        config.trunk.moe[0].router = fdl.Partial(LossFree, gate=gate)
+        whole = train.RunFolder(tmp_path / "whole")
+        whole.write_json("config.json", configuration.to_document(config, "tests"))
+        train.train(train.build_program(configuration.build(config)), whole, "tests")
+        program, state = opened(whole)
+        report = extract_run(program, state, whole, "right", tmp_path / "right", 0.0)
+        small_program, small_state = opened(train.RunFolder(tmp_path / "right"))
+        metrics = make_evaluate(small_program)(small_state.variables, None)["right"]
+
+    kept = report["kept"]["block_0"]
+    assert len(kept) > 1
+    assert max(kept) < 6
+    layers = expert_layers(small_program.experiment.model.trunk)
+    assert [layer.visible_experts for layer in layers] == [(len(kept),)]
+    for name, value in report["before"]["metrics"].items():
+        if name != "constant_predictor":
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5)

@@ -59,16 +59,43 @@ def kept_experts(
     return kept
 
 
-def extracted_trunk(trunk: VisionTransformer, kept: Kept) -> VisionTransformer:
-    """The trunk with the kept experts alone, and routers for one task."""
-    layers = {layer.name: layer for layer in expert_layers(trunk)}
-    numbers: dict[tuple[str, int], int] = {
-        (layer.kind, layer.block): len(kept[name]) for name, layer in layers.items()
+def visible_kept(
+    trunk: VisionTransformer, kept: Kept, index: int
+) -> dict[str, tuple[int, ...]]:
+    """How many of the kept experts a task sees, for a gate that shows it some alone.
+
+    Args:
+      trunk: The trunk.
+      kept: From `kept_experts`.
+      index: Index of the task.
+
+    Returns:
+      ``visible_experts`` of the gate for one task, by name of the layer; layers whose
+      gate shows all experts to all tasks are left out.
+    """
+    return {
+        layer.name: (int(np.sum(kept[layer.name] < layer.visible_experts[index])),)
+        for layer in expert_layers(trunk)
+        if layer.visible_experts is not None
     }
 
+
+def extracted_trunk(
+    trunk: VisionTransformer, kept: Kept, index: int
+) -> VisionTransformer:
+    """The trunk with the kept experts alone, and routers for the task of that index."""
+    layers = {(layer.kind, layer.block): layer for layer in expert_layers(trunk)}
+    visible = visible_kept(trunk, kept, index)
+
     def fewer(kind: str, block: int, make: Any) -> Any:
-        number = numbers.get((kind, block))
-        return make if number is None else functools.partial(make, num_experts=number)
+        if (kind, block) not in layers:
+            return make
+        layer = layers[kind, block]
+        if layer.name in visible:
+            made = make() if kind == "moe" else make(trunk.num_heads)
+            router = _showing(made.router, layer, visible[layer.name])
+            make = functools.partial(make, router=router)
+        return functools.partial(make, num_experts=len(kept[layer.name]))
 
     blocks = layers_of_blocks(trunk.moe, trunk.attention, trunk.depth)
     return _unscanned(trunk).clone(
@@ -147,10 +174,19 @@ def extract(
         )
         for name, collection in (collections or {}).items()
     }
-    smaller = MultitaskModel(extracted_trunk(trunk, kept), {task: model.heads[task]})
+    smaller = MultitaskModel(
+        extracted_trunk(trunk, kept, index), {task: model.heads[task]}
+    )
     made = {"trunk": _nested(cuts), "heads": {task: params["heads"][task]}}
     _check(made["trunk"], _abstract_params(smaller.trunk, inputs[task]))
     return Extracted(smaller, made, kept_besides)
+
+
+def _showing(make_router: Any, layer: ExpertLayer, visible: tuple[int, ...]) -> Any:
+    """Makes the layer's router with a gate that shows so many experts to each task."""
+    router = make_router(num_experts=layer.num_experts, num_selected=layer.num_selected)
+    gate = functools.partial(router.gate, visible_experts=visible)
+    return functools.partial(make_router, gate=gate)
 
 
 def _unscanned(trunk: VisionTransformer) -> VisionTransformer:

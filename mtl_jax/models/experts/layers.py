@@ -16,6 +16,7 @@ class ExpertLayer(NamedTuple):
       num_selected: Experts a token goes to.
       capacity_factor: Of the layer, the smaller one of training and evaluation, or of
         a router that fills buffers itself; None where experts take every token.
+      visible_experts: How many experts each task sees; None where all see all.
     """
 
     block: int
@@ -23,6 +24,7 @@ class ExpertLayer(NamedTuple):
     num_experts: int
     num_selected: int
     capacity_factor: float | None
+    visible_experts: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -53,4 +55,10 @@ def _layer(block: int, kind: str, made: Any, num_selected: int) -> ExpertLayer:
         limits.add(made.limit(train=False))
     smallest = min(limits - {None}, default=None)
     capacity_factor = getattr(router, "capacity_factor", smallest)
-    return ExpertLayer(block, kind, made.num_experts, num_selected, capacity_factor)
+    visible_experts = None
+    if hasattr(router, "gate"):
+        gate = router.gate(num_experts=made.num_experts)
+        visible_experts = getattr(gate, "visible_experts", None)
+    return ExpertLayer(
+        block, kind, made.num_experts, num_selected, capacity_factor, visible_experts
+    )

@@ -1,5 +1,7 @@
 """Models of one task compute what the model of all tasks did, with fewer experts."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from small_experts import (
     variables,
 )
 
+from mtl_jax.layers.attention import SelfAttention
+from mtl_jax.layers.moe.gates import Gate
+from mtl_jax.layers.moe.routers import LossFree
 from mtl_jax.models.experts import (
     expert_layers,
     expert_usage,
@@ -81,6 +86,45 @@ def test_what_is_not_used_can_go(whole):
     assert layers == {name: len(indices) for name, indices in kept.items()}
 
 
+@pytest.fixture(scope="module")
+def grown():
+    """A model whose last task alone sees all experts, in both kinds of layers."""
+    gate = functools.partial(Gate, visible_experts=(3, 3, 5))
+    router = functools.partial(LossFree, gate=gate)
+    heads = functools.partial(heads_of_experts(5)[0], router=router)
+    made = model(num_experts=5, router=router, attention=(heads, SelfAttention))
+    return made, *variables(made)
+
+
+@pytest.mark.parametrize(
+    ("task", "indices", "visible"),
+    [("third", [0, 2, 4], 3), ("second", [0, 2], 2), ("second", [1, 2, 4], 2)],
+)
+def test_a_task_of_a_grown_model_sees_what_is_kept_of_what_it_saw(
+    grown, task, indices, visible
+):
+    made, params, collections = grown
+    kept = {layer.name: np.array(indices) for layer in expert_layers(made.trunk)}
+    small = extract(made, params, task, kept, inputs(), collections)
+    layers = expert_layers(small.model.trunk)
+    assert [layer.name for layer in layers] == ["block_0_attention", "block_1"]
+    assert {layer.visible_experts for layer in layers} == {(visible,)}
+    assert {layer.num_experts for layer in layers} == {len(indices)}
+
+
+def test_a_task_of_a_grown_model_predicts_the_same(grown):
+    made, params, collections = grown
+    # All that the task sees; the weights of LossFree are renormalised.
+    kept = {layer.name: np.arange(3) for layer in expert_layers(made.trunk)}
+    small = extract(made, params, "second", kept, inputs(), collections)
+    np.testing.assert_allclose(
+        predict(small.model, small.params, "second", small.collections),
+        predict(made, params, "second", collections),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
 def test_parameters_are_those_of_the_experts_and_of_the_task(whole):
     made, params, collections, usage = whole
     kept = kept_experts(made.trunk, usage, threshold=0.9)
@@ -123,5 +167,6 @@ def test_a_task_that_is_not_there(whole):
 
 def test_a_trunk_that_is_extracted_again(whole):
     made, _, _, usage = whole
-    once = extracted_trunk(made.trunk, kept_experts(made.trunk, usage, 0.0))
-    assert extracted_trunk(once, {k.name: np.arange(2) for k in expert_layers(once)})
+    once = extracted_trunk(made.trunk, kept_experts(made.trunk, usage, 0.0), 1)
+    few = {layer.name: np.arange(2) for layer in expert_layers(once)}
+    assert extracted_trunk(once, few, 0)
