@@ -166,12 +166,17 @@ def in_order(
     num_tokens, num_selected = expert_index.shape[1:]
     # As many as there could be: no token goes to an expert twice.
     most = num_groups * num_tokens * min(num_selected, num_experts)
-    return Slots(row, _invert(row, most + num_experts * most_padding(sizes))), count
+    return Slots(row, _invert(row, most_padded(most, num_experts, sizes))), count
 
 
-def most_padding(sizes: tuple[int, ...]) -> int:
-    """Rows that an expert's blocks can leave empty at most; see `padded_count`."""
-    return max(b - a for a, b in itertools.pairwise((0, *sizes))) - 1
+def most_padded(num_rows: int, num_experts: int, sizes: tuple[int, ...]) -> int:
+    """Rows of all experts' blocks at most, however `num_rows` are shared out.
+
+    See `padded_count`, whose blocks can leave as many rows empty as sizes lie apart.
+    """
+    empty = max(b - a for a, b in itertools.pairwise((0, *sizes))) - 1
+    unit = math.gcd(*sizes)
+    return (num_rows + num_experts * empty) // unit * unit
 
 
 def padded_count(

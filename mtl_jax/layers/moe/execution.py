@@ -244,7 +244,7 @@ def _sending(execution, stages, parameters, groups, routing, capacity, fewest_vi
             parts * groups.shape[0] * capacity,
         )
         planned = ragged.plan(count, sizes)
-        num_received += num_experts // parts * dispatch.most_padding(sizes)
+        num_received = dispatch.most_padded(num_received, num_experts // parts, sizes)
         received = ragged.to_experts(rows, planned, num_received)
         outputs = apply(stages, parameters, received, planned.total)
         rows = ragged.to_tokens(outputs, planned, rows.shape[0])
@@ -263,7 +263,7 @@ def _sending(execution, stages, parameters, groups, routing, capacity, fewest_vi
 def _on_sorted_rows(
     execution: Execution, num_rows: int, num_experts: float, most: int
 ) -> tuple[Callable, tuple[int, ...]]:
-    """What applies experts to sorted rows, and the blocks it wants them padded to.
+    """What applies experts to sorted rows, and the sizes it wants them padded to.
 
     Args:
       execution: How.
@@ -276,15 +276,16 @@ def _on_sorted_rows(
         sizes = grouped.block_sizes(num_rows, num_experts, most)
         apply = functools.partial(grouped.apply_blocks, sizes=sizes, num_rows=num_rows)
         return apply, sizes
-    matmul = {
-        "megablox": grouped_matmul.megablox,
-        "hopper": grouped_matmul.hopper,
-        "ragged_dot": grouped_matmul.ragged_dot,
+    tile = grouped_matmul.row_tile(num_rows, num_experts)
+    matmul, sizes = {
+        "megablox": (functools.partial(grouped_matmul.megablox, tile=tile), (tile,)),
+        "hopper": (grouped_matmul.hopper, (1,)),
+        "ragged_dot": (grouped_matmul.ragged_dot, (1,)),
     }[execution.matmul]
     apply = functools.partial(
-        grouped.apply_matmuls, grouped_matmul=matmul, num_rows=num_rows
+        grouped.apply_matmuls, grouped_matmul=matmul, sizes=sizes, num_rows=num_rows
     )
-    return apply, (1,)
+    return apply, sizes
 
 
 def _fill_buffers(groups, expert_index, positions, capacity):

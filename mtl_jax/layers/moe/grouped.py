@@ -285,6 +285,7 @@ def apply_matmuls(
     rows: Float[Array, "rows width"],
     count: Int[Array, " experts"],
     grouped_matmul: GroupedMatmul,
+    sizes: tuple[int, ...],
     num_rows: int,
 ) -> Float[Array, "rows features"]:
     """Applies each expert to its own rows by matrix products of all experts at once.
@@ -292,14 +293,17 @@ def apply_matmuls(
     Args:
       stages: What an expert does, with all its parameters used by ``linear``.
       parameters: Its parameters, with a leading axis over experts.
-      rows: Rows sorted by expert.
-      count: Rows of each expert.
+      rows: Rows sorted by expert, each expert's as many as `dispatch.padded_count`
+        says; zero where padded.
+      count: Rows of each expert without padding.
       grouped_matmul: Multiplies each row with the kernel of its expert.
+      sizes: What each expert's rows are padded to; ``(1,)`` where they are not.
       num_rows: Rows of all experts to expect, for `mtl_jax.flops.count_flops`.
 
     Returns:
       The experts' outputs; zero behind the last expert's rows.
     """
+    count = dispatch.padded_count(count, sizes)
     multiply = counted(grouped_matmul, Fraction(num_rows, rows.shape[0]))
     owner = expert_of_row(count, rows.shape[0])
     there = jnp.arange(rows.shape[0]) < jnp.sum(count)

@@ -1,9 +1,11 @@
 """Products of rows sorted by expert with the kernels of their experts.
 
 Which is fast depends on the platform: `ragged_dot` multiplies every row with every
-kernel on CPUs and NVIDIA GPUs, and so does the gradient of its kernels on a TPU.
-Megablox, on TPUs, and the kernels for Hopper GPUs multiply each row once in all three
-products.
+kernel on CPUs and NVIDIA GPUs. Megablox, what XLA for TPUs makes of `ragged_dot`, and
+the kernels for Hopper GPUs multiply whole tiles of rows, once for each expert that has
+rows in them; how many more rows that makes is said at `row_tile`, `ragged_dot` and
+`hopper`. No count of operations shows it: for `mtl_jax.flops.count_flops` they are
+those of the rows that there are, and for XLA those of all that there is room for.
 """
 
 import contextlib
@@ -19,7 +21,29 @@ from jaxtyping import Array, Float, Int, PyTree
 from mtl_jax.flops import stated
 from mtl_jax.sharding import expert_parallel
 
-TILE = 512
+ROW_TILES = (512, 256, 128)
+"""Rows of a tile on TPUs; fewer would leave their matrix units waiting for kernels."""
+
+_COLUMNS = 768
+_BLOCK_BYTES = 12 * 2**20
+"""What two tiles of rows and two of a kernel may take of the 16 MiB beside a core."""
+
+
+def row_tile(num_rows: int, num_experts: float) -> int:
+    """Rows of the tiles that each expert's rows are padded to for `megablox`.
+
+    The kernel multiplies whole tiles, once for each expert with rows in them. With
+    padding no two experts share one, and less than a tile is multiplied in vain for
+    each. The result is the largest tile that bounds this by a tenth of the rows, or
+    else the smallest of `ROW_TILES`: where an expert has fewer than 1,280 rows, about
+    half a tile more than its rows is multiplied, at least one tile.
+
+    Args:
+      num_rows: Rows to expect.
+      num_experts: Experts that they are for, a mean over devices.
+    """
+    bounded = (tile for tile in ROW_TILES if 10 * num_experts * tile <= num_rows)
+    return next(bounded, ROW_TILES[-1])
 
 
 def ragged_dot(
@@ -27,7 +51,11 @@ def ragged_dot(
     kernel: Float[Array, "experts width features"],
     count: Int[Array, " experts"],
 ) -> Float[Array, "rows features"]:
-    """``jax.lax.ragged_dot``."""
+    """``jax.lax.ragged_dot``.
+
+    XLA for TPUs multiplies tiles of 128 rows, as `megablox` does. Rows are not padded
+    for it: in all, up to 128 rows an expert are multiplied once more.
+    """
     return jax.lax.ragged_dot(rows, kernel, count)
 
 
@@ -36,6 +64,7 @@ def megablox(
     kernel: Float[Array, "experts width features"],
     count: Int[Array, " experts"],
     *,
+    tile: int,
     interpret: bool = False,
 ) -> Float[Array, "rows features"]:
     """The Pallas kernel for TPUs that JAX has (MegaBlocks; Gale et al., 2023).
@@ -44,31 +73,29 @@ def megablox(
     is not defined; the gradient of such rows is zero.
 
     Args:
-      rows: Rows sorted by expert.
+      rows: Rows sorted by expert, a multiple of ``tile``.
       kernel: One kernel an expert.
-      count: Rows of each expert.
+      count: Rows of each expert. A tile that several share is multiplied for each.
+      tile: Rows of a tile.
       interpret: Whether to emulate it on another platform.
     """
-    num_rows = rows.shape[0]
-    tile = _row_tile(num_rows, count.size)
-    rows = jnp.pad(rows, ((0, -num_rows % tile), (0, 0)))
-    product: Array = _megablox(interpret, rows, kernel, count)
-    return product[:num_rows]
+    product: Array = _megablox(tile, interpret, rows, kernel, count)
+    return product
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _megablox(interpret, rows, kernel, count):
-    return _gmm(rows, kernel, count, interpret=interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _megablox(tile, interpret, rows, kernel, count):
+    return _gmm(rows, kernel, count, tile=tile, interpret=interpret)
 
 
-def _megablox_forward(interpret, rows, kernel, count):
-    return _megablox(interpret, rows, kernel, count), (rows, kernel, count)
+def _megablox_forward(tile, interpret, rows, kernel, count):
+    return _megablox(tile, interpret, rows, kernel, count), (rows, kernel, count)
 
 
-def _megablox_backward(interpret, residuals, cotangent):
+def _megablox_backward(tile, interpret, residuals, cotangent):
     rows, kernel, count = residuals
     rows_gradient = _gmm(
-        cotangent, kernel, count, transpose_rhs=True, interpret=interpret
+        cotangent, kernel, count, transpose_rhs=True, tile=tile, interpret=interpret
     )
     rows_gradient = _zero_behind(rows_gradient, count)
     with _their_promotion():
@@ -77,7 +104,7 @@ def _megablox_backward(interpret, residuals, cotangent):
             cotangent,
             count,
             kernel.dtype,
-            _tiling(rows, kernel.shape[2], count.size),
+            (tile, *map(_columns, kernel.shape[1:])),
             interpret=interpret,
         )
     return rows_gradient, kernel_gradient, None
@@ -95,6 +122,10 @@ def hopper(
 
     What the product has behind the last expert's rows is not defined; the gradient of
     such rows is zero.
+
+    The product and the gradient of the rows multiply all rows of the array, in blocks
+    of 128, and one block more for each expert but one, whatever ``count`` is. The
+    gradient of the kernels takes blocks of 64 for each expert that has rows in them.
 
     Args:
       rows: Rows sorted by expert.
@@ -192,7 +223,7 @@ def _known(product, rows, other, features: int, *, group_sizes):
         return stated(apply, 2 * rows.size * features)(rows, other, group_sizes)
 
 
-def _gmm(rows, kernel, count, *, transpose_rhs: bool = False, interpret: bool):
+def _gmm(rows, kernel, count, *, transpose_rhs=False, tile: int, interpret: bool):
     features = kernel.shape[1 if transpose_rhs else 2]
     with _their_promotion():
         return gmm(
@@ -200,25 +231,28 @@ def _gmm(rows, kernel, count, *, transpose_rhs: bool = False, interpret: bool):
             kernel,
             count,
             rows.dtype,
-            _tiling(rows, features, count.size),
+            (tile, *_kernel_tile(tile, rows.shape[1], features, rows.dtype.itemsize)),
             transpose_rhs=transpose_rhs,
             interpret=interpret,
         )
 
 
-def _tiling(rows: Array, features: int, num_experts: int) -> tuple[int, int, int]:
-    num_rows, width = rows.shape
-    return _row_tile(num_rows, num_experts), min(TILE, width), min(TILE, features)
+def _kernel_tile(tile: int, width: int, features: int, itemsize: int):
+    """Rows and columns of a tile of a kernel: all rows, where there is room.
 
-
-def _row_tile(num_rows: int, num_experts: int) -> int:
-    """Rows of a tile: half as many where experts have few.
-
-    A tile is multiplied once for each expert that has rows in it, and the last one is
-    filled up. Yet smaller ones would wait for kernels, which come anew for every tile.
+    Then it stays for all tiles of its expert's rows; else it comes anew for each.
     """
-    tile = TILE if num_rows >= TILE * num_experts else TILE // 2
-    return min(tile, num_rows)
+    room = _BLOCK_BYTES // (2 * width * itemsize) - tile
+    if room < 256:
+        return _columns(width), _columns(features)
+    return width, _columns(features, min(room, _COLUMNS))
+
+
+def _columns(size: int, most: int = _COLUMNS) -> int:
+    """Columns of a tile. The last tile is multiplied whole, so little lies beyond."""
+    if size <= most:
+        return size
+    return min(range(256, most + 1, 128), key=lambda tile: (-size % tile, -tile))
 
 
 def _zero_behind(rows: Array, count: Array) -> Array:
