@@ -186,7 +186,18 @@ def among_visible(
             probabilities=_padded(routing.probabilities, logits.shape[-1], 0.0)
         )
 
-    return _by_visible(visible_experts, task, among)
+    routing = _by_visible(visible_experts, task, among)
+    return routing._replace(num_visible=num_visible(gate, task))
+
+
+def num_visible(
+    gate: nn.Module, task: Int[Array, ""] | int | None
+) -> Int[Array, ""] | None:
+    """How many experts a gate shows to the task; None where it shows all to all."""
+    visible_experts = getattr(gate, "visible_experts", None)
+    if visible_experts is None:
+        return None
+    return of_task(jnp.asarray(visible_experts, jnp.int32), task)
 
 
 def fewest_visible(router: nn.Module) -> int:

@@ -52,9 +52,9 @@ class MoE(nn.Module):
     ``auxiliary`` loss, a scalar to add to the objective; ``statistics`` has, averaged
     over groups, ``load`` (fraction of assignments to each expert), ``dropped``
     (fraction of assignments without a slot, or of tokens in no buffer), ``dead``
-    (fraction of experts that got no token of the batch), ``entropy`` (of a token's
-    gates, in nats), ``gates`` (mean gate of each expert) and the router's losses before
-    their weights.
+    (fraction of the task's experts that got no token of the batch), ``entropy`` (of a
+    token's gates, in nats), ``gates`` (mean gate of each expert) and the router's
+    losses before their weights.
 
     Attributes:
       num_experts: Number of experts.

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.layers.moe.dispatcher import Dispatcher
 from mtl_jax.layers.moe.routing import Routing, assigned_fraction, entropy
@@ -21,7 +21,10 @@ def record(module: nn.Module, routing: Routing, dropped: Float[Array, ""]) -> No
     num_experts = routing.probabilities.shape[-1]
     load = jnp.mean(assigned_fraction(routing.expert_index, num_experts), axis=0)
     losses = {name: jnp.mean(loss) for name, loss in routing.losses.items()}
-    statistics = _statistics(load, dropped, routing.probabilities)
+    seen = jnp.ones(num_experts, jnp.bool_)
+    if routing.num_visible is not None:
+        seen = jnp.arange(num_experts) < routing.num_visible
+    statistics = _statistics(load, dropped, routing.probabilities, seen)
     for name, value in (statistics | losses).items():
         _sow(module, "statistics", name, value)
     _sow(module, "losses", "auxiliary", routing.auxiliary_loss)
@@ -30,8 +33,9 @@ def record(module: nn.Module, routing: Routing, dropped: Float[Array, ""]) -> No
 def record_dispatcher(module: nn.Module, dispatcher: Dispatcher) -> None:
     """Writes the same where the router filled the experts' buffers itself.
 
-    All experts then have the same load, and there is no loss; what is dropped is the
-    fraction of tokens that are in no buffer.
+    All experts then have the same load, but for those that are hidden from all tokens
+    and have no gate; and there is no loss. What is dropped is the fraction of tokens
+    that are in no buffer.
 
     Args:
       module: The layer.
@@ -39,10 +43,11 @@ def record_dispatcher(module: nn.Module, dispatcher: Dispatcher) -> None:
     """
     if module.is_initializing():
         return
-    num_experts = dispatcher.probabilities.shape[-1]
-    load = jnp.full(num_experts, 1 / num_experts, jnp.float32)
+    seen = jnp.any(dispatcher.probabilities > 0, axis=(0, 1))
+    share = seen.astype(jnp.float32)
+    load = share / jnp.maximum(jnp.sum(share), 1.0)
     dropped = 1.0 - jnp.mean(dispatcher.processed.astype(jnp.float32))
-    statistics = _statistics(load, dropped, dispatcher.probabilities)
+    statistics = _statistics(load, dropped, dispatcher.probabilities, seen)
     for name, value in statistics.items():
         _sow(module, "statistics", name, value)
     _sow(module, "losses", "auxiliary", jnp.zeros((), jnp.float32))
@@ -52,11 +57,12 @@ def _statistics(
     load: Float[Array, " experts"],
     dropped: Float[Array, ""],
     probabilities: Float[Array, "groups tokens experts"],
+    seen: Bool[Array, " experts"],
 ) -> dict[str, Array]:
     return {
         "load": load,
         "dropped": dropped,
-        "dead": jnp.mean((load == 0).astype(jnp.float32)),
+        "dead": jnp.mean((load == 0).astype(jnp.float32), where=seen),
         "entropy": entropy(probabilities),
         "gates": jnp.mean(probabilities, axis=(0, 1)),
     }

@@ -20,6 +20,8 @@ class Routing(NamedTuple):
       auxiliary_loss: Weighted sum of the losses, averaged over groups.
       priority: Tokens of higher priority take the experts' slots first; None where the
         order of the tokens decides.
+      num_visible: How many experts the tokens could choose from, which are the first
+        ones; None for all.
     """
 
     expert_index: Int[Array, "groups tokens selected"]
@@ -28,6 +30,7 @@ class Routing(NamedTuple):
     losses: Mapping[str, Float[Array, " groups"]]
     auxiliary_loss: Float[Array, ""]
     priority: Float[Array, "groups tokens"] | None = None
+    num_visible: Int[Array, ""] | None = None
 
 
 def largest(

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from mtl_jax.layers.moe import MoE
 from mtl_jax.layers.moe.gates import (
     ConditionGate,
     Gate,
     TaskConditionedGate,
     check_task,
 )
-from mtl_jax.layers.moe.routers import ExpertChoice, NoisyTopK
+from mtl_jax.layers.moe.routers import (
+    ExpertChoice,
+    LossFree,
+    ModSquad,
+    NoisyTopK,
+    Switch,
+)
 
 
 def random_like(gate, *arguments):
@@ -180,3 +187,58 @@ def test_one_expert_is_enough_where_a_token_goes_to_one_or_experts_choose():
     route((4, 2))
     route((np.int64(1), 4), num_selected=1)
     route((1, 4), router=ExpertChoice)
+
+
+def uniform(router, **fields):
+    """What is decided for a task that sees three of eight experts, by equal logits."""
+    gate = functools.partial(
+        Gate, visible_experts=(3, 8), kernel_init=nn.initializers.zeros
+    )
+    module = router(num_experts=8, num_tasks=2, gate=gate, **fields)
+    key = jax.random.key(0)
+    routing, _ = module.init_with_output(
+        {"params": key, "router": key}, TOKENS, 0, train=True
+    )
+    np.testing.assert_allclose(routing.probabilities[..., :3], 1 / 3, rtol=1e-6)
+    np.testing.assert_array_equal(routing.probabilities[..., 3:], 0)
+    return routing
+
+
+def test_experts_that_a_task_does_not_see_have_no_part_in_losses():
+    """Over all eight, importance and load would vary by 8/3 - 1."""
+    noisy = uniform(NoisyTopK, num_selected=2)
+    assert set(noisy.losses) == {"importance_loss", "load_loss"}
+    for loss in noisy.losses.values():
+        np.testing.assert_allclose(loss, 0, atol=1e-6)
+    switch = uniform(Switch, num_selected=1)
+    np.testing.assert_allclose(switch.losses["switch_loss"], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [ModSquad, LossFree, functools.partial(ExpertChoice, capacity_factor=1.0)],
+)
+def test_experts_that_a_task_does_not_see_are_not_dead_and_have_no_load(router):
+    gate = functools.partial(
+        Gate, visible_experts=(2, 4), kernel_init=nn.initializers.lecun_normal()
+    )
+    layer = MoE(
+        num_experts=4,
+        expert_hidden=2,
+        group_size=1,
+        capacity_factor=None,
+        num_tasks=2,
+        router=functools.partial(router, gate=gate),
+    )
+    tokens = jnp.float32(np.random.default_rng(2).normal(size=(2, 8, 5)))
+    variables = layer.init(jax.random.key(0), tokens, 0, train=False)
+    output, written = layer.apply(
+        nn.unbox(variables), tokens, 0, train=False, mutable=["statistics"]
+    )
+    statistics = written["statistics"]
+    np.testing.assert_allclose(statistics["load"], [0.5, 0.5, 0, 0], rtol=1e-6)
+    assert statistics["dead"] == 0
+    # Two experts that choose take two tokens each, of eight.
+    unchanged = np.all(np.asarray(output) == 0, axis=-1).mean()
+    assert unchanged == (0 if router in (ModSquad, LossFree) else 0.5)
+    np.testing.assert_allclose(statistics["dropped"], unchanged, rtol=1e-6)

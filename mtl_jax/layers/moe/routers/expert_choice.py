@@ -21,7 +21,7 @@ class ChosenTokens(NamedTuple):
       token_index: Tokens of each expert's buffer, the best first.
       weight: Weights with which the outputs are added to the tokens; float32.
       probabilities: Gate of every expert for each token, without noise; float32.
-      processed: Which tokens some expert took.
+      processed: Which tokens some expert took, with a weight that is not zero.
     """
 
     token_index: Int[Array, "groups experts capacity"]
@@ -79,8 +79,9 @@ def expert_choice(
 
     def choose(gates):
         weight, index = jax.lax.top_k(gates.swapaxes(1, 2), capacity)
-        processed = jax.vmap(lambda row, index: row.at[index].set(True))(
-            jnp.zeros(gates.shape[:2], jnp.bool_), index
+        # An expert that the task does not see takes tokens too, for nothing.
+        processed = jax.vmap(lambda row, index, taken: row.at[index].max(taken))(
+            jnp.zeros(gates.shape[:2], jnp.bool_), index, weight > 0
         )
         return index, weight, processed
 

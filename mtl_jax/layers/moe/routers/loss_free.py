@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from mtl_jax.layers.moe.gates import HIDDEN, Gate, MakeGate, check_task
+from mtl_jax.layers.moe.gates import (
+    HIDDEN,
+    Gate,
+    MakeGate,
+    check_task,
+    num_visible,
+)
 from mtl_jax.layers.moe.routing import Routing, at_selected, largest
 
 
@@ -139,9 +145,10 @@ class LossFree(nn.Module):
                 "Switch."
             )
         check_task(task, self.num_tasks)
-        logits = self.gate(
+        gate = self.gate(
             num_experts=self.num_experts, num_tasks=self.num_tasks, name="gate"
-        )(tokens, task, condition)
+        )
+        logits = gate(tokens, task, condition)
         shape = (self.num_experts,)
         if self.num_tasks is not None:
             shape = (self.num_tasks, *shape)
@@ -165,4 +172,4 @@ class LossFree(nn.Module):
             seen = jnp.any(logits > HIDDEN, axis=(0, 1))
             new = updated_bias(bias, routing.expert_index, seen, self.update_rate)
             biases.value = biases.value.at[row].set(new)
-        return routing
+        return routing._replace(num_visible=num_visible(gate, task))
