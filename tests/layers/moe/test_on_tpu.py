@@ -1,5 +1,6 @@
 """The layer compiled for TPU slices that are not there: collectives and products."""
 
+import base64
 import math
 import platform
 import re
@@ -223,6 +224,21 @@ def test_no_expert_multiplies_rows_of_others():
     total = flops_with_tiles(program, SMALL)
     assert_computes_what_it_must(total, SMALL, most=1.37)
     assert not multiplies_rows_of_others(program, SMALL)
+
+
+@pytest.mark.slow
+def test_ragged_products_are_kernels_that_visit_as_many_tiles_as_there_are():
+    program = compiled(None, expert=4, model=2)
+    kernels = re.findall(r'%ragged-dot-none[^\n]*"body":"([^"]+)"', program.as_text())
+    assert len(kernels) == 6
+    for kernel in kernels:
+        written = base64.b64decode(kernel).decode()
+        (bounds,) = re.findall(r"iteration_bounds = array<i64: ([^>]*)>", written)
+        # How many tiles of rows there are is known when it runs.
+        assert bounds.split(", ").count(str(-(2**63))) == 1
+        assert "window_bounds = array<i64: 128, 512>" in written
+    # For XLA they are tiles of the whole array, of four times as many rows.
+    assert flops(program) == pytest.approx(4 * SMALL.flops(), rel=0.05)
 
 
 def test_a_program_that_multiplies_rows_of_others_is_told_from_one_that_does_not():
