@@ -53,6 +53,13 @@ def test_is_not_chosen_on_other_gpus(hopper, monkeypatch):
     assert chosen(experts()) == Execution("all_gather", "sorted")
 
 
+@pytest.mark.parametrize(("devices", "matmul"), [(4, "hopper"), (8, "blocks")])
+def test_is_not_chosen_where_most_rows_could_only_be(hopper, devices, matmul):
+    mesh = make_mesh(expert=devices, data=-1, devices=jax.local_devices())
+    with jax.set_mesh(mesh):
+        assert chosen(experts()).matmul == matmul
+
+
 def test_asked_for_where_it_cannot_be():
     layer = MoE(4, 128, 1, execution=Execution("all_gather", "sorted", "hopper"))
     with pytest.raises(ValueError, match="'hopper', which takes a Hopper GPU"):
