@@ -128,7 +128,7 @@ def told(errors):
     [
         # Process 0 cannot write a log.
         (("full:6", "none"), "File too large", [8]),
-        (("full_and_stopped:4", "none"), "File too large", [5, 6, 7, 8]),
+        (("full_and_stopped:4", "none"), "File too large", [4, 5, 6, 7, 8]),
         (("no_checkpoints:6", "none"), "Not a directory", [8]),
         # A save fails in one process, in the background.
         (("large:5", "none"), "File too large", [12]),
