@@ -28,11 +28,13 @@ def extend(params: Mapping[str, Any], smaller: Mapping[str, Any]) -> Any:
     choose): with a capacity, each expert takes fewer tokens the more experts there are.
     Validation of an experiment that starts from a run by this function refuses it.
 
-    Outputs are then the same to the last bit where experts are carried out in buffers
-    or in blocks of sorted rows, which is what layers choose on a CPU. Grouped matrix
-    products, which they choose on accelerators, may round otherwise for another number
-    of experts: by ``jax.lax.ragged_dot`` on a CPU, outputs of a layer in float32
-    differed by up to 4e-7 of the largest.
+    Outputs are then the same to the last bit on a CPU, as XLA compiles by default,
+    where experts are not split over devices: tasks are routed as if there were only the
+    experts that they see, and these compute blocks of the rows that suit the fewest
+    that some task sees. Split over devices, outputs are added up in another order.
+    Grouped matrix products, which layers choose on accelerators, may round otherwise
+    for another number of experts: by ``jax.lax.ragged_dot`` on a CPU, outputs of a
+    layer in float32 differed by up to 4e-7 of the largest.
 
     Args:
       params: Fresh parameters of the larger model.

@@ -231,10 +231,13 @@ def test_experts_that_a_task_does_not_see_are_not_dead_and_have_no_load(router):
         router=functools.partial(router, gate=gate),
     )
     tokens = jnp.float32(np.random.default_rng(2).normal(size=(2, 8, 5)))
-    variables = layer.init(jax.random.key(0), tokens, 0, train=False)
-    output, written = layer.apply(
-        nn.unbox(variables), tokens, 0, train=False, mutable=["statistics"]
-    )
+
+    @jax.jit
+    def apply(tokens):
+        variables = nn.unbox(layer.init(jax.random.key(0), tokens, 0, train=False))
+        return layer.apply(variables, tokens, 0, train=False, mutable=["statistics"])
+
+    output, written = apply(tokens)
     statistics = written["statistics"]
     np.testing.assert_allclose(statistics["load"], [0.5, 0.5, 0, 0], rtol=1e-6)
     assert statistics["dead"] == 0
