@@ -11,11 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Pages that share a folder because one goes on from the other.
-QUICK = (
-    ("README.md", "docs/quickstart.md"),
-    ("docs/configs.md", "docs/sharding.md"),
-)
+QUICK = (("README.md", "docs/quickstart.md"),)
 SLOW = (
+    ("docs/configs.md", "docs/sharding.md"),
     ("docs/experts.md", "docs/extend/router.md"),
     ("docs/data.md",),
     ("docs/pretrained.md",),

@@ -95,7 +95,9 @@ def test_mgda_gets_to_the_pareto_set():
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "cagrad, c = 0.5"])
+@pytest.mark.parametrize(
+    "method", ["pcgrad", pytest.param("cagrad, c = 0.5", marks=pytest.mark.slow)]
+)
 def test_others_are_still_on_their_way(method):
     found = ends(method, toy.STARTS[::2])
     assert (np.sign(found[:, 0]) == (-1, 1)).all()

@@ -158,12 +158,9 @@ def test_gradients_are_accumulated_with_experts_on_a_mesh():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "at"),
-    [
-        pytest.param("mgda", "params", marks=pytest.mark.slow),
-        ("upgrad", "features"),
-    ],
+    ("method", "at"), [("mgda", "params"), ("upgrad", "features")]
 )
 def test_training_lowers_the_loss(method, at):
     chosen = experiment(
@@ -176,6 +173,7 @@ def test_training_lowers_the_loss(method, at):
     assert losses[-3:].sum() < losses[:3].sum()
 
 
+@pytest.mark.slow
 def test_sharpness_evaluates_at_the_perturbed_point_of_the_same_batch():
     sharpness = functools.partial(optim.sharpness_aware, rho=0.1)
     chosen = experiment(num_experts=0, sharpness=sharpness)

@@ -90,6 +90,7 @@ def test_an_upcycled_run_starts_with_the_perceptrons_as_experts(run, capsys):
     )
 
 
+@pytest.mark.slow
 def test_nothing_of_the_other_run_moves(run):
     folder, params = run
     optimizer = functools.partial(train_new, optimizer=adamw, run=str(folder))
