@@ -159,9 +159,7 @@ def test_gradients_are_accumulated_with_experts_on_a_mesh():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "at"), [("mgda", "params"), ("upgrad", "features")]
-)
+@pytest.mark.parametrize(("method", "at"), [("mgda", "params"), ("upgrad", "features")])
 def test_training_lowers_the_loss(method, at):
     chosen = experiment(
         num_experts=0,
