@@ -56,8 +56,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "m3vit.md")
     parser.add_argument("--here", action="store_true", help="of the device at hand")
     options = parser.parse_args()
-    jax.config.update("jax_default_matmul_precision", "highest")
     if options.here:
+        # GPUs would multiply in a shorter format, and differences be those of it.
+        jax.config.update("jax_default_matmul_precision", "highest")
         device = jax.devices()[0]
     else:
         scaling.prepare_environment()
